@@ -1,0 +1,175 @@
+"""From YAML files and Megatron-style flags to a :class:`~megatron_hyperp.config.Config`, and back to YAML."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_hyperp.config import Config, flag_name
+from megatron_hyperp.errors import UsageError
+
+
+def section_types() -> dict[str, type]:
+    """Name of each YAML section and its dataclass."""
+    return {name: kind for name, kind in typing.get_type_hints(Config).items()}
+
+
+def load_yaml(path: str | Path) -> Config:
+    """Read a config file.
+
+    Raises:
+        UsageError: no such file, no YAML, an unknown section or key (the nearest known one is named), a wrong type.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read the config {path}: {error}", same_on_all_ranks=True) from error
+    try:
+        content = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}", same_on_all_ranks=True) from error
+    return from_dict(content, source=str(path))
+
+
+def from_dict(content: Any, *, source: str) -> Config:
+    """Build a config from nested mappings; ``source`` names them in errors. Raises: as :func:`load_yaml`."""
+    sections = section_types()
+    config = Config()
+    for section_name, values in _mapping(content, source).items():
+        _known(section_name, sections, f"{source}: section")
+        section, kind = getattr(config, section_name), sections[section_name]
+        hints = typing.get_type_hints(kind)
+        for key, value in _mapping(values, f"{source}: {section_name}").items():
+            _known(key, hints, f"{source}: key {section_name}.")
+            setattr(section, key, convert(value, hints[key], f"{source}: {section_name}.{key}"))
+    return config
+
+
+def _mapping(value: Any, where: str) -> dict[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UsageError(f"{where} holds {value!r}; it must map names to values", same_on_all_ranks=True)
+    return value
+
+
+def _known(name: Any, known: dict[str, Any], where: str) -> None:
+    if name not in known:
+        near = difflib.get_close_matches(str(name), known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
+        raise UsageError(f"{where} {name!r} is unknown; {hint}".replace(". ", "."), same_on_all_ranks=True)
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """Convert a YAML value or a flag's string to a field's type.
+
+    Raises:
+        UsageError: the value is not of that type.
+    """
+    kind, optional, choices = _unwrap(hint)
+    if value is None and optional:
+        return None
+    if choices:
+        if value not in choices:
+            raise UsageError(f"{where} is {value!r}; allowed are {', '.join(choices)}", same_on_all_ranks=True)
+        return value
+    try:
+        if kind is list:
+            return [str(item) for item in (value if isinstance(value, list) else str(value).split())]
+        if kind is bool and isinstance(value, bool):
+            return value
+        # YAML 1.1 reads 1e-3 as a string, and 10 where a float is meant as an int.
+        if kind in (int, float) and not isinstance(value, bool) and isinstance(value, (int, float, str)):
+            number = float(value)
+            if kind is float:
+                return number
+            if number == int(number):
+                return int(value) if isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit() else int(number)
+        if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            return str(value)
+    except (ValueError, OverflowError):
+        pass
+    raise UsageError(f"{where} is {value!r}; it must be {_TYPE_NAMES[kind]}", same_on_all_ranks=True)
+
+
+_TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", list: "a list of strings"}
+
+
+def _unwrap(hint: Any) -> tuple[type, bool, tuple[str, ...]]:
+    """Split a field's type hint into the bare type, whether None is allowed, and the literal choices."""
+    optional = False
+    if isinstance(hint, types.UnionType):
+        optional = type(None) in typing.get_args(hint)
+        (hint,) = [argument for argument in typing.get_args(hint) if argument is not type(None)]
+    if typing.get_origin(hint) is typing.Literal:
+        return str, optional, typing.get_args(hint)
+    return typing.get_origin(hint) or hint, optional, ()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        known = [option for action in self._actions for option in action.option_strings]
+        for word in message.split():
+            near = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
+            if "unrecognized" in message and word.startswith("--") and near:
+                message += f"; did you mean {near[0]}?"
+                break
+        raise UsageError(f"{message} (--help lists the flags)", same_on_all_ranks=True)
+
+
+def build_parser(description: str) -> argparse.ArgumentParser:
+    """Return a parser with ``--config FILE`` and one flag for every field, grouped by section."""
+    parser = _Parser(description=description, allow_abbrev=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with the same knobs; a flag beats the file")
+    for section_name, kind in section_types().items():
+        summary = (kind.__doc__ or "").split("\n")[0].replace("``", "")
+        group = parser.add_argument_group(section_name, summary)
+        hints = typing.get_type_hints(kind)
+        for item in dataclasses.fields(kind):
+            _add_flag(group, item, hints[item.name])
+    return parser
+
+
+def _add_flag(group: argparse._ArgumentGroup, item: dataclasses.Field[Any], hint: Any) -> None:
+    kind, _, choices = _unwrap(hint)
+    default = item.default if item.default_factory is dataclasses.MISSING else None
+    text = item.metadata["help"] + ("" if "[" in item.metadata["help"] or default is None else f" [{default}]")
+    text = text.replace("%", "%%")
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": item.name, "help": text}
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif kind is list:
+        options.update(nargs="+", metavar="WORD")
+    else:
+        options["metavar"] = "{" + ",".join(choices) + "}" if choices else kind.__name__.upper()
+    group.add_argument(flag_name(item.name), **options)
+
+
+def parse(argv: list[str], *, description: str) -> Config:
+    """Read ``--config`` and flags into a config, not yet resolved.
+
+    Raises:
+        UsageError: an unknown flag or a value of the wrong type.
+    """
+    given = vars(build_parser(description).parse_args(argv))
+    path = given.pop("config")
+    config = load_yaml(path) if path else Config()
+    for section_name, kind in section_types().items():
+        hints = typing.get_type_hints(kind)
+        for item in dataclasses.fields(kind):
+            if item.name in given:
+                value = convert(given[item.name], hints[item.name], flag_name(item.name))
+                setattr(getattr(config, section_name), item.name, value)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """Write a config as YAML that :func:`load_yaml` reads back."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False)

@@ -1,0 +1,412 @@
+"""Batches from Megatron's datasets: blends of indexed corpora, split, sampled in a fixed order, resumable."""
+
+from __future__ import annotations
+
+import copy
+import fcntl
+import hashlib
+import logging
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from numpy.lib import format as npy_format
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from megatron_hyperp.data.corpus import PrefixInfo, check_prefix, check_vocabulary
+from megatron_hyperp.data.tokenizer import Tokenizer
+from megatron_hyperp.errors import UsageError
+
+Batch = dict[str, torch.Tensor]
+SampleDataset = Dataset[Batch]
+
+_SPLIT_NAMES = ("training", "validation", "test")
+_BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+_MEGATRON_SURPLUS = 0.005
+
+
+class Datasets(NamedTuple):
+    """The datasets of a run; None for a split of which no samples were asked for."""
+
+    train: SampleDataset | None
+    valid: SampleDataset | None
+    test: SampleDataset | None
+
+
+def parse_blend(data_path: Sequence[str]) -> list[tuple[float | None, str]]:
+    """Read a data path: ``PREFIX``, ``PREFIX PREFIX ...`` or ``WEIGHT PREFIX WEIGHT PREFIX ...``.
+
+    Returns:
+        A weight and a prefix for each corpus. The weight is None where none is given: the corpus then counts by its
+        number of tokens.
+
+    Raises:
+        UsageError: when there is no prefix, only some prefixes have a weight, or a weight is not a number above 0.
+    """
+    words = [word.strip() for word in data_path]
+    weights = [_parse_weight(word) for word in words]
+    if not words or "" in words:
+        raise UsageError(
+            f"data path {list(data_path)} names no corpus; give PREFIX or WEIGHT PREFIX pairs", same_on_all_ranks=True
+        )
+    if all(weight is None for weight in weights):
+        return [(None, word) for word in words]
+    pairs = list(zip(weights[::2], words[1::2], strict=False))
+    alternating = all(weight is not None for weight in weights[::2]) and not any(
+        weight is not None for weight in weights[1::2]
+    )
+    if len(words) % 2 or not alternating:
+        raise UsageError(
+            f"data path {' '.join(words)!r} mixes weights and prefixes; give every prefix a weight before it, or none "
+            "(write a prefix that is a number as ./NUMBER)",
+            same_on_all_ranks=True,
+        )
+    for weight, prefix in pairs:
+        if weight is None or not 0 < weight < math.inf:
+            raise UsageError(
+                f"data path weight {weight} of {prefix} is out of range; give a number above 0", same_on_all_ranks=True
+            )
+    return pairs
+
+
+def build_datasets(
+    *,
+    data_path: Sequence[str],
+    split: str,
+    seq_length: int,
+    seed: int,
+    num_samples: tuple[int, int, int],
+    tokenizer: Tokenizer,
+    cache_path: str | os.PathLike[str] | None = None,
+    reset_position_ids: bool = False,
+    reset_attention_mask: bool = False,
+    eod_mask_loss: bool = False,
+    create_attention_mask: bool = False,
+) -> Datasets:
+    """Build the training, validation and test datasets.
+
+    With ``torch.distributed`` initialised all ranks must call this: rank 0 builds the sample indices and saves them in
+    the cache, which the other ranks read, so the cache must be on a file system that all ranks see. The samples of
+    several epochs are shuffled together, so their order depends on ``num_samples``: ask for the same number when a run
+    is resumed.
+
+    Args:
+        data_path: see :func:`parse_blend`.
+        split: shares of the documents that go to training, validation and test, such as ``"99,1,0"``.
+        seq_length: tokens per sample; a sample reads one more for its labels.
+        seed: of the order of documents and samples.
+        num_samples: samples to draw for training, validation and test, in as many epochs as that takes; of a split
+            with 0 no dataset is built.
+        tokenizer: the one that the corpora were made with.
+        cache_path: folder of the sample indices; a folder named as the first prefix with ``-cache`` by default.
+        reset_position_ids: count positions from the beginning of each document.
+        reset_attention_mask: let no token attend to an earlier document; needs ``create_attention_mask``.
+        eod_mask_loss: give end-of-document tokens in the input no loss.
+        create_attention_mask: put a Boolean mask ``[1, seq_length, seq_length]``, true where a token must not look,
+            into every sample.
+
+    Returns:
+        Datasets whose items are dictionaries of ``tokens``, ``labels``, ``position_ids`` (int64), ``loss_mask``
+        (float32), each ``[seq_length]``, and ``attention_mask`` if asked for.
+
+    Raises:
+        UsageError: when a prefix is damaged or of another vocabulary (see :func:`check_prefix`,
+            :func:`check_vocabulary`), a split is too short for one sample or has no share, or the cache cannot be
+            written.
+    """
+    if reset_attention_mask and not create_attention_mask:
+        raise UsageError("reset_attention_mask changes a mask that is not made; set create_attention_mask as well")
+    _check_split(split)
+    blend = parse_blend(data_path)
+    infos = [check_prefix(prefix) for _, prefix in blend]
+    cache = _cache_folder(cache_path, infos)
+    if _rank() == 0:
+        for info in infos:
+            check_vocabulary(info.prefix, tokenizer.vocab_size)
+
+    weights = [
+        float(info.num_tokens) if weight is None else weight for (weight, _), info in zip(blend, infos, strict=True)
+    ]
+    config = GPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=seq_length,
+        # Megatron blends no single corpus.
+        blend=([info.prefix for info in infos], weights if len(weights) > 1 else None),
+        split=split,
+        path_to_cache=str(cache),
+        tokenizer=tokenizer,
+        mid_level_dataset_surplus=_surplus(weights, num_samples),
+        reset_position_ids=reset_position_ids,
+        reset_attention_mask=reset_attention_mask,
+        eod_mask_loss=eod_mask_loss,
+        create_attention_mask=create_attention_mask,
+    )
+    _restrict_splits(config, infos, num_samples)
+    with _held_cache(cache):
+        return Datasets(*_build(config, num_samples))
+
+
+def _build(config: GPTDatasetConfig, num_samples: tuple[int, int, int]) -> list[SampleDataset | None]:
+    builder = BlendedMegatronDatasetBuilder if torch.distributed.is_initialized() else _SingleProcessBuilder
+    try:
+        with _quiet_megatron():
+            datasets: list[SampleDataset | None] = builder(GPTDataset, list(num_samples), lambda: True, config).build()
+            return datasets
+    except Exception as error:
+        # Where ranks are synchronised Megatron wraps the error of a cache that cannot be written.
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, OSError):
+            raise _cache_error(Path(config.path_to_cache), cause) from error
+        raise
+
+
+class _SingleProcessBuilder(BlendedMegatronDatasetBuilder):  # type: ignore[misc]
+    """Megatron's builder for a process without ``torch.distributed``.
+
+    A ``BlendedDataset`` with a cache asks for the rank and fails without a process group. Its index, unlike those of
+    the blended corpora, is cheap: build it in memory.
+    """
+
+    @staticmethod
+    def build_generic_dataset(
+        cls: Callable[..., Any], is_built_on_rank: Callable[[], bool], synchronize_ranks: bool, *args: Any
+    ) -> Any:
+        if cls is BlendedDataset:
+            *others, config = args
+            config = copy.copy(config)
+            config.path_to_cache = None
+            args = (*others, config)
+        return BlendedMegatronDatasetBuilder.build_generic_dataset(cls, is_built_on_rank, synchronize_ranks, *args)
+
+
+@contextmanager
+def _quiet_megatron() -> Iterator[None]:
+    """Silence Megatron's warning that the index of :class:`_SingleProcessBuilder` is not saved."""
+    logger = logging.getLogger(BlendedDataset.__module__)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _restrict_splits(config: GPTDatasetConfig, infos: Sequence[PrefixInfo], num_samples: Sequence[int]) -> None:
+    """Leave out the splits that are not asked for, and check that the others hold a sample.
+
+    Megatron would loop for ever over a split without tokens, even if no sample of it is asked for.
+    """
+    for number, (name, wanted) in enumerate(zip(_SPLIT_NAMES, num_samples, strict=True)):
+        if not wanted:
+            config.split_matrix[number] = None
+            continue
+        if config.split_matrix[number] is None:
+            raise UsageError(
+                f"split {config.split} leaves no documents to the {name} set, of which {wanted} samples are asked for; "
+                "give it a share, or ask for none",
+                same_on_all_ranks=True,
+            )
+        for info in infos:
+            _check_long_enough(info, config.split_matrix[number], config.sequence_length, name)
+
+
+def _check_long_enough(info: PrefixInfo, share: tuple[float, float], seq_length: int, name: str) -> None:
+    # Megatron's rounding of a share to whole sequences.
+    first, last = (round(edge * float(info.num_sequences)) for edge in share)
+    tokens = int(info.sequence_lengths()[first:last].sum(dtype="int64"))
+    if tokens < seq_length + 1:
+        raise UsageError(
+            f"the {name} share of {info.prefix} holds {tokens} tokens in {last - first} of its {info.num_sequences} "
+            f"documents, too few for one sample of {seq_length} + 1; give a longer corpus, a larger share in --split "
+            "or a shorter sequence"
+        )
+
+
+def _check_split(split: str) -> None:
+    """Check that a split is shares and nothing else: Megatron would drop a sign, and stop at a sum of 0."""
+    shares = split.split(",")
+    numbers = all(re.fullmatch(r"\s*\d{1,9}(\.\d{0,9})?\s*", share) for share in shares)
+    if not (numbers and len(shares) <= 3 and any(map(float, shares))):
+        raise UsageError(
+            f"split {split!r} is no list of shares; give train,valid,test numbers such as 99,1,0",
+            same_on_all_ranks=True,
+        )
+
+
+def _surplus(weights: Sequence[float], num_samples: Sequence[int]) -> float:
+    """Return how many more samples than its share Megatron must prepare of each corpus.
+
+    A blend takes every corpus' share rounded up, so with many corpora and few samples it is longer than asked for,
+    and draws more of the heavy ones than Megatron's default surplus allows.
+    """
+    surplus = _MEGATRON_SURPLUS
+    total = sum(weights)
+    for wanted in num_samples:
+        shares = [math.ceil(wanted * weight / total) for weight in weights]
+        for weight, share in zip(weights, shares, strict=True):
+            # Megatron's order of drawing leads a weight by less than one sample.
+            drawn = math.floor(weight / total * sum(shares)) + 1
+            if share and math.ceil(share * (1 + surplus)) < drawn:
+                surplus = drawn / share - 1
+    return surplus
+
+
+def _cache_folder(cache_path: str | os.PathLike[str] | None, infos: Sequence[PrefixInfo]) -> Path:
+    """Return where to cache the indices of these corpora.
+
+    Megatron finds a cached index by the path of its corpus. A corpus that is made again under the same name needs
+    another folder.
+    """
+    root = Path(f"{infos[0].prefix}-cache" if cache_path is None else cache_path)
+    return root / hashlib.sha256("".join(info.digest for info in infos).encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _held_cache(cache: Path) -> Iterator[None]:
+    """Make the cache folder and keep it for this run while its indices are built; ranks other than 0 only read it.
+
+    Runs of a sweep start together, and one must not read an index that another is writing. Indices that a killed run
+    left unfinished are removed.
+    """
+    if _rank() != 0:
+        yield
+        return
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = (cache / "lock").open("w")
+    except OSError as error:
+        raise _cache_error(cache, error) from error
+    with lock:
+        # A file system without locks serves runs that do not start together all the same.
+        with suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for path in cache.glob("*.npy"):
+            if not _is_whole_array(path):
+                path.unlink()
+        yield
+
+
+def _is_whole_array(path: Path) -> bool:
+    """Return whether a ``.npy`` file has the size that its header tells of."""
+    with path.open("rb") as stream:
+        try:
+            npy_format.read_magic(stream)
+            shape, _, dtype = npy_format.read_array_header_1_0(stream)
+        except ValueError:
+            return False
+        return path.stat().st_size == stream.tell() + math.prod(shape) * dtype.itemsize
+
+
+def _cache_error(cache: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"the data cache {cache} cannot be written: {error.strerror}; name a folder with --data-cache-path"
+    )
+
+
+def _parse_weight(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+class _RankBatchSampler(Sampler[list[int]]):
+    """The sample numbers of one rank's micro-batches, as long as there are samples for all ranks."""
+
+    def __init__(self, first: int, last: int, micro_batch_size: int, rank: int, size: int) -> None:
+        self._starts = range(first + rank * micro_batch_size, last, size * micro_batch_size)
+        self._length = max(0, last - first) // (size * micro_batch_size)
+        self._micro_batch_size = micro_batch_size
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self._starts[: self._length]:
+            yield list(range(start, start + self._micro_batch_size))
+
+
+def batches(
+    dataset: SampleDataset,
+    *,
+    micro_batch_size: int,
+    consumed_samples: int = 0,
+    num_batches: int | None = None,
+    data_parallel_rank: int = 0,
+    data_parallel_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Yield the micro-batches of one data-parallel rank, in dataset order.
+
+    A global batch is the next samples of the dataset whatever the layout: micro-batch ``m`` of rank ``r`` begins at
+    sample ``consumed_samples + (m * data_parallel_size + r) * micro_batch_size``. A run that resumes from its consumed
+    samples sees the batches it would have seen; an evaluation that starts from 0 each time sees the same ones.
+
+    Args:
+        dataset: one of :func:`build_datasets`.
+        micro_batch_size: samples per batch.
+        consumed_samples: samples that all ranks together have drawn before.
+        num_batches: end after this many batches; otherwise go on as long as the dataset lasts.
+        data_parallel_rank: this rank.
+        data_parallel_size: number of data-parallel ranks.
+        num_workers: loading processes; 0 loads in this process. The batches are the same.
+        pin_memory: put the batches into page-locked memory, for a faster copy to a GPU.
+
+    Returns:
+        Dictionaries of ``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (float32), each
+        ``[micro_batch_size, seq_length]``, and of ``attention_mask`` where the dataset makes one.
+
+    Raises:
+        UsageError: when the dataset has too few samples for ``num_batches``, or, from the iterator, for another batch.
+    """
+    length = len(dataset)  # type: ignore[arg-type]
+    stride = micro_batch_size * data_parallel_size
+    last = length if num_batches is None else consumed_samples + num_batches * stride
+    if last > length:
+        raise _exhausted(length, consumed_samples, num_batches)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_RankBatchSampler(
+            consumed_samples, last, micro_batch_size, data_parallel_rank, data_parallel_size
+        ),
+        collate_fn=_collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        # Without one of its own a loader draws a seed from the global generator, and every evaluation would change the
+        # random numbers of training.
+        generator=torch.Generator(),
+    )
+    return _until_exhausted(loader, length, consumed_samples, ends=num_batches is not None)
+
+
+def _until_exhausted(loader: DataLoader[Batch], length: int, consumed_samples: int, *, ends: bool) -> Iterator[Batch]:
+    yield from loader
+    if not ends:
+        raise _exhausted(length, consumed_samples, None)
+
+
+def _exhausted(length: int, consumed_samples: int, num_batches: int | None) -> UsageError:
+    wanted = "another batch is" if num_batches is None else f"{num_batches} batches are"
+    return UsageError(
+        f"the dataset holds {length} samples and {wanted} asked for after {consumed_samples} consumed ones; "
+        "build it with more samples or take fewer steps",
+        same_on_all_ranks=True,
+    )
+
+
+def _collate(samples: list[Batch]) -> Batch:
+    """Stack samples; the keys that a blend adds are left out."""
+    return {key: torch.stack([sample[key] for sample in samples]) for key in _BATCH_KEYS if key in samples[0]}

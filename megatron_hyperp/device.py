@@ -1,0 +1,205 @@
+"""The one file that asks "CUDA or CPU?", and that lets Megatron-Core run on CPU with gloo.
+
+Megatron-Core names CUDA directly in many places. Where CUDA is absent, :func:`adapt_megatron` points those names at
+the CPU: "the current CUDA device" is the CPU, streams and events do nothing (a CPU runs in order), CUDA's random
+state is the CPU generator's. Under CUDA it changes nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import importlib
+import logging
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_CPU = torch.device("cpu")
+
+
+def has_cuda() -> bool:
+    """Whether this process computes on a CUDA device."""
+    return torch.cuda.is_available()
+
+
+def device() -> torch.device:
+    """The device of this rank's tensors."""
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_cuda() else _CPU
+
+
+def describe() -> str:
+    """One line on the device, the backend and what of the optional kernels is in use."""
+    if not has_cuda():
+        return "CPU, gloo; Megatron-Core's local layers (TransformerEngine and apex need CUDA)"
+    return f"{torch.cuda.get_device_name()}, NCCL; Megatron-Core's local layers"
+
+
+def newton_schulz_dtype(name: str) -> torch.dtype:
+    """Resolve ``--ns-dtype``: ``auto`` is bf16 under CUDA and fp32 on CPU, where bf16 matmuls are slower."""
+    if name == "auto":
+        return torch.bfloat16 if has_cuda() else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+
+
+# Peak dense bf16 TFLOP/s without sparsity, from NVIDIA's data sheets (SXM versions).
+_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
+
+
+def peak_tflops() -> float | None:
+    """Peak dense bf16 TFLOP/s of this device if it is a known one, for model FLOPs utilization."""
+    if has_cuda():
+        for name, peak in _PEAK_TFLOPS.items():
+            if name in torch.cuda.get_device_name():
+                return peak
+    return None
+
+
+def megatron_settings() -> dict[str, Any]:
+    """TransformerConfig fields that depend on the device."""
+    # An output is freed as soon as its send has started. Streams order that under CUDA; gloo may still be reading it.
+    return {"use_cpu_initialization": not has_cuda(), "deallocate_pipeline_outputs": has_cuda()}
+
+
+def synchronize() -> None:
+    """Wait for the device, so that a clock read next is right."""
+    if has_cuda():
+        torch.cuda.synchronize()
+
+
+def init_process_group(timeout_minutes: int) -> None:
+    """Join the job's process group: NCCL under CUDA, else gloo; alone, when no launcher set the environment."""
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    if has_cuda():
+        torch.cuda.set_device(device())
+    backend = "nccl" if has_cuda() else "gloo"
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group(backend, timeout=timeout)
+    else:
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+
+
+@functools.cache
+def adapt_megatron() -> None:
+    """Make Megatron-Core run on this device; does nothing under CUDA. Call before building anything with it."""
+    _quiet_megatron()
+    if not has_cuda():
+        _adapt_torch()
+        _adapt_random()
+
+
+def _quiet_megatron() -> None:
+    """Silence notices that users can do nothing about: deprecations inside Megatron-Core and torch's collectives."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core.*")
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+
+class _Stream:
+    """A CUDA stream or event on a device that runs in order: there is nothing to wait for."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def _nothing(self, *_: Any, **__: Any) -> None: ...
+
+    wait_stream = wait_event = synchronize = record = wait = _nothing
+
+    def record_event(self, event: Any = None) -> Any:
+        return event or _Stream()
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, _: Any) -> float:
+        return 0.0
+
+
+class _TypeName(str):
+    """A tensor type's name that equals its CUDA namesake: Megatron-Core's optimizers compare such strings."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, str) and self._plain(self) == self._plain(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash(self._plain(self))
+
+    @staticmethod
+    def _plain(name: str) -> str:
+        return str(name).replace("torch.cuda.", "torch.")
+
+
+def _adapt_torch() -> None:
+    cuda = torch.cuda
+    stream = _Stream()
+    replacements: list[tuple[Any, str, Callable[..., Any] | type]] = [
+        (cuda, "current_device", lambda: _CPU),
+        (cuda, "synchronize", lambda *_, **__: None),
+        (cuda, "empty_cache", lambda: None),
+        (cuda, "Stream", _Stream),
+        (cuda, "Event", _Stream),
+        (cuda, "current_stream", lambda *_, **__: stream),
+        (cuda, "default_stream", lambda *_, **__: stream),
+        (cuda, "stream", lambda *_: contextlib.nullcontext()),
+        (torch.Tensor, "record_stream", lambda self, _: None),
+        (torch.Tensor, "cuda", lambda self, *_, **__: self),
+        (torch.nn.Module, "cuda", lambda self, *_, **__: self),
+    ]
+    for owner, name, replacement in replacements:
+        setattr(owner, name, replacement)
+    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "as_tensor"):
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    original_type = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if dtype is None:
+            return _TypeName(original_type(self))
+        return original_type(self, dtype, *args, **kwargs)
+
+    torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
+
+
+def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Wrap a tensor factory: ``device="cuda"`` means the CPU."""
+
+    @functools.wraps(factory)
+    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
+        if str(kwargs.get("device")).startswith("cuda"):
+            kwargs["device"] = _CPU
+            kwargs.pop("pin_memory", None)
+        return factory(*args, **kwargs)
+
+    return wrapped
+
+
+class _Generators:
+    """Stands for ``torch.cuda.default_generators``: every index is the CPU generator."""
+
+    def __getitem__(self, _: int) -> torch.Generator:
+        return torch.default_generator
+
+    def __len__(self) -> int:
+        return 1
+
+
+def _adapt_random() -> None:
+    """Map CUDA's random state to the CPU generator (``torch.manual_seed`` itself calls CUDA's: not used here)."""
+    cuda: Any = torch.cuda
+    for module in (cuda, cuda.random):
+        module.get_rng_state = lambda device="cuda": torch.get_rng_state()
+        module.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
+        module.manual_seed = lambda seed: torch.default_generator.manual_seed(seed) and None
+        module.manual_seed_all = lambda seed: None
+    cuda.default_generators = _Generators()
+    megatron_random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    # Bound by name at import there.
+    for module in (cuda, megatron_random):
+        module._lazy_init = lambda: None
+        module._lazy_call = lambda function, **_: function()

@@ -1,0 +1,50 @@
+"""How the command lines fail: one clear line, exit code 2, a traceback only on ``--debug``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+EXIT_USAGE = 2
+
+
+class UsageError(ValueError):
+    """Input that the user can mend: what was given, what is allowed, how to mend it.
+
+    Args:
+        message: one line, without a trailing full stop.
+        same_on_all_ranks: every rank raises this same error (a wrong flag, say), so rank 0 alone prints it.
+    """
+
+    def __init__(self, message: str, *, same_on_all_ranks: bool = False) -> None:
+        super().__init__(message)
+        self.same_on_all_ranks = same_on_all_ranks
+
+
+def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
+    """Run a command line's ``main(argv)`` and exit: 0, its own code, or 2 after a :class:`UsageError`.
+
+    ``--debug`` anywhere in ``argv`` (it is taken out) shows the traceback of a usage error as well.
+    Other exceptions are bugs or failures of the machine and keep their traceback.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [argument for argument in argv if argument != "--debug"]
+    try:
+        code = main(argv)
+    except UsageError as error:
+        if debug:
+            traceback.print_exc()
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or not error.same_on_all_ranks:
+            who = "" if rank == 0 else f"[rank {rank}] "
+            print(f"{who}error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        # A rank that fails alone must not wait in a process-group destructor for the others.
+        os._exit(EXIT_USAGE) if "RANK" in os.environ else sys.exit(EXIT_USAGE)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(code or 0)

@@ -1,0 +1,1 @@
+"""The model: Megatron-Core's GPTModel with Depth-muP residuals, the paper's attention scale and initialisation."""

@@ -1,0 +1,128 @@
+"""Build this rank's part of the model, wrapped for data parallelism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_hyperp import device
+from megatron_hyperp.config import Config
+from megatron_hyperp.model.init import initialize
+from megatron_hyperp.model.layer_specs import local_block_spec
+
+
+def transformer_config(config: Config) -> TransformerConfig:
+    """Translate a resolved config into Megatron-Core's."""
+    model, parallel, training = config.model, config.parallel, config.training
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    full = training.recompute_granularity == "full"
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.kv_channels,
+        softmax_scale=model.softmax_scale,
+        qk_layernorm=model.qk_layernorm,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        # model/init.py sets every weight after construction.
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        params_dtype=dtype,
+        bf16=training.bf16,
+        pipeline_dtype=dtype,
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=virtual if virtual > 1 else None,
+        sequence_parallel=parallel.sequence_parallel,
+        # Batched point-to-point sends pair up wrongly under the interleaved schedule on gloo; Megatron-LM too uses
+        # overlapped single sends there.
+        overlap_p2p_comm=virtual > 1,
+        batch_p2p_comm=virtual == 1,
+        # The loss is a mean over the tokens of the whole global batch, however it is cut into micro-batches and ranks.
+        calculate_per_token_loss=True,
+        recompute_granularity=None if training.recompute_granularity == "none" else training.recompute_granularity,
+        recompute_method=training.recompute_method if full else None,
+        recompute_num_layers=training.recompute_num_layers if full else None,
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **device.megatron_settings(),
+    )
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    return weight
+
+
+def build_model(config: Config) -> list[DistributedDataParallel]:
+    """Build, initialize and wrap the pipeline chunks that this rank holds; Megatron's process groups must exist."""
+    core_config = transformer_config(config)
+    virtual = config.parallel.num_virtual_stages_per_pipeline_rank
+    chunks = []
+    for index in range(virtual):
+        vp_stage = index if virtual > 1 else None
+        module = _build_chunk(config, core_config, vp_stage).to(device.device())
+        initialize(module, config)
+        if config.training.bf16:
+            module = Float16Module(core_config, module)
+        chunks.append(_wrap(core_config, module, first=index == 0))
+    core_config.finalize_model_grads_func = finalize_model_grads
+    core_config.no_sync_func = [chunk.no_sync for chunk in chunks] if virtual > 1 else chunks[0].no_sync
+    return chunks
+
+
+def _build_chunk(config: Config, core_config: TransformerConfig, vp_stage: int | None) -> GPTModel:
+    model = config.model
+    assert model.residual_multiplier is not None
+    assert model.logits_multiplier is not None
+    chunk = GPTModel(
+        config=core_config,
+        transformer_layer_spec=local_block_spec(
+            core_config, residual_multiplier=model.residual_multiplier, vp_stage=vp_stage
+        ),
+        vocab_size=model.vocab_size,
+        max_sequence_length=model.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        share_embeddings_and_output_weights=not model.untie_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+        vp_stage=vp_stage,
+    )
+    if chunk.post_process and model.logits_multiplier != 1.0:
+        chunk.output_layer.register_forward_pre_hook(_scale_input(model.logits_multiplier))
+    return chunk
+
+
+def _scale_input(multiplier: float) -> Any:
+    """Scale the output layer's input: the same as scaling its logits, and smaller."""
+
+    def hook(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (inputs[0] * multiplier, *inputs[1:])
+
+    return hook
+
+
+def _wrap(core_config: TransformerConfig, module: torch.nn.Module, *, first: bool) -> DistributedDataParallel:
+    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=False)
+    # As in Megatron-LM: only the first chunk's gradients are worth cutting into buckets.
+    return DistributedDataParallel(core_config, ddp_config, module, disable_bucketing=not first)

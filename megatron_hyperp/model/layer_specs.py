@@ -1,0 +1,51 @@
+"""Layer specs: Megatron-Core's own, with our residual scaling and a norm that allows sequence parallelism."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_hyperp.model.depth_mup import scaled_bias_dropout_add
+
+
+class RMSNorm(torch.nn.RMSNorm):
+    """RMSNorm for the local spec; Megatron-Core's wrapper around torch's refuses sequence parallelism.
+
+    Args:
+        config: of the model; with sequence parallelism each rank sees a part of the tokens, so the gain is marked for
+            Megatron-Core to sum its gradient over the tensor-parallel ranks.
+        hidden_size: size of the last dimension of the input.
+        eps: added to the mean square.
+    """
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__(hidden_size, eps=eps, dtype=config.params_dtype)
+        setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  (an attribute that Tensor lacks)
+
+
+def local_block_spec(
+    config: TransformerConfig, *, residual_multiplier: float, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Return the spec of one pipeline chunk in Megatron-Core's local (plain PyTorch) layers.
+
+    Args:
+        config: of the model.
+        residual_multiplier: factor on attention and MLP outputs.
+        vp_stage: index of the chunk under the interleaved schedule.
+    """
+    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
+    block = copy.deepcopy(block)
+    block.layer_norm = RMSNorm
+    for layer in block.layer_specs:
+        parts = layer.submodules
+        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+        parts.self_attn_bda = parts.mlp_bda = scaled_bias_dropout_add(residual_multiplier)
+        if config.qk_layernorm:
+            attention = parts.self_attention.submodules
+            attention.q_layernorm = attention.k_layernorm = RMSNorm
+    return block

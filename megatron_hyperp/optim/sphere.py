@@ -1,0 +1,181 @@
+"""Weights on Frobenius spheres: radii, the step along a direction, the retraction. Source: arXiv 2603.28743.
+
+Everything works on families, [count, rows, columns] stacks of equal-shape matrices. Where matrices are sharded, a
+rank holds [count, local rows, local columns]; the three inner products below are then summed over the shards and all
+else stays local, so one all-reduce of [matrices, 3] numbers serves a whole model.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+SMALLEST_NORM = 1e-30
+
+
+def muonh_radius(d_out: int, scale: float = 1.0) -> float:
+    """Radius sqrt(d_out/3) of a hidden matrix: the expected norm of Kaiming-uniform(a = sqrt 5) weights."""
+    return scale * math.sqrt(d_out / 3.0)
+
+
+def adamh_radius(d_out: int, d_in: int, init_std: float) -> float:
+    """Radius init_std sqrt(d_out d_in): the expected norm of N(0, init_std^2) weights."""
+    return init_std * math.sqrt(d_out * d_in)
+
+
+def sphere_radius(role: str, shape: tuple[int, ...], *, radius_scale: float, output_init_std: float) -> float:
+    """Radius of a matrix by its role: the output layer's is AdamH's, all others are MuonH's; from the global shape."""
+    if role == "output":
+        return adamh_radius(shape[0], shape[1], output_init_std)
+    return muonh_radius(shape[0], radius_scale)
+
+
+def inner_products(weights: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+    """Return [count, 3] in float64: ||W||^2, <W, U> and ||U||^2 of each matrix, or of the local part of it.
+
+    Args:
+        weights: [count, rows, columns].
+        directions: the same shape.
+    """
+    pairs = ((weights, weights), (weights, directions), (directions, directions))
+    return torch.stack([(x * y).sum(dim=(1, 2), dtype=torch.float64) for x, y in pairs], dim=1)
+
+
+def step_(
+    weights: torch.Tensor,
+    directions: torch.Tensor,
+    products: torch.Tensor,
+    *,
+    radii: torch.Tensor,
+    lr: float,
+    weight_decay: float = 0.0,
+) -> None:
+    """Move each matrix by the fraction ``lr`` of its radius against its direction, and back onto its sphere; in place.
+
+    W <- (1 - lr lambda) W - lr (R/||U||) U, then W <- W R/||W||. The norm after the move follows from the inner
+    products before it, so a sharded matrix needs no second reduction.
+
+    Args:
+        weights: [count, rows, columns] fp32, global or local parts.
+        directions: the same shape; a zero direction moves nothing.
+        products: :func:`inner_products` of the global matrices.
+        radii: [count] float64.
+        lr: the fraction eta.
+        weight_decay: lambda; radial, so without effect on the direction to first order in lr.
+    """
+    ww, wu, uu = products.unbind(dim=1)
+    shrink = 1.0 - lr * weight_decay
+    move = lr * radii / uu.sqrt().clamp_min(SMALLEST_NORM)
+    moved = (shrink * shrink * ww - 2.0 * shrink * move * wu + move * move * uu).clamp_min(0.0).sqrt()
+    retract = radii / moved.clamp_min(SMALLEST_NORM)
+    weights.mul_(_column(retract * shrink, weights)).sub_(directions * _column(retract * move, weights))
+
+
+def relative_drift(
+    weights: torch.Tensor, radii: torch.Tensor, squared_norms: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Return [count] float64: | ||W||/R - 1 | for each matrix; ``squared_norms`` replaces the local ||W||^2."""
+    if squared_norms is None:
+        squared_norms = (weights * weights).sum(dim=(1, 2), dtype=torch.float64)
+    return (squared_norms.sqrt() / radii - 1.0).abs()
+
+
+def _column(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return values.to(like.dtype)[:, None, None]
+
+
+class SphereOptimizer(torch.optim.Optimizer):
+    """A one-rank optimizer of matrices on spheres; subclasses say in which direction to move.
+
+    Matrices of one group with equal shape and dtype are one family and are processed as one batch.
+
+    Args:
+        params: 2-D tensors, or groups of them.
+        defaults: the group defaults, among them ``lr`` and ``weight_decay``.
+        radius: "stateless" (:meth:`stateless_radius`), "from-weights" (each norm at construction) or a number.
+
+    Raises:
+        ValueError: a parameter is not 2-D, or a hyperparameter is out of range; the message has the value.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any], radius: str | float) -> None:
+        if not defaults["lr"] > 0:
+            raise ValueError(f"lr is {defaults['lr']}; it must be greater than 0")
+        if not defaults["weight_decay"] >= 0:
+            raise ValueError(f"weight_decay is {defaults['weight_decay']}; it must not be negative")
+        if radius not in ("stateless", "from-weights") and not (isinstance(radius, (int, float)) and radius > 0):
+            raise ValueError(f'radius is {radius!r}; it must be "stateless", "from-weights" or a positive number')
+        super().__init__(params, {**defaults, "radius": radius})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; radii "from-weights" are read now and kept in it, so a state dict carries them."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for parameter in group["params"]:
+            if parameter.ndim != 2:
+                raise ValueError(f"{type(self).__name__} takes matrices, got the shape {tuple(parameter.shape)}")
+        group["radii"] = [self._radius(parameter, group) for parameter in group["params"]]
+
+    def _radius(self, parameter: torch.Tensor, group: dict[str, Any]) -> float:
+        if group["radius"] == "stateless":
+            return self.stateless_radius(parameter, group)
+        if group["radius"] == "from-weights":
+            return float(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float64))
+        return float(group["radius"])
+
+    @abstractmethod
+    def stateless_radius(self, parameter: torch.Tensor, group: dict[str, Any]) -> float:
+        """Radius of a matrix from its shape alone."""
+
+    @abstractmethod
+    def directions(
+        self, family: Sequence[torch.Tensor], gradients: torch.Tensor, group: dict[str, Any]
+    ) -> torch.Tensor:
+        """Update the state of a family and return its directions U, [count, rows, columns]; W moves along -U."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step; parameters without a gradient stay."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            group["steps_taken"] = group.get("steps_taken", 0) + 1
+            for indices in _families(group["params"]):
+                family = [group["params"][index] for index in indices]
+                weights = torch.stack([parameter.detach().float() for parameter in family])
+                gradients = torch.stack([parameter.grad.float() for parameter in family])  # type: ignore[union-attr]
+                radii = torch.tensor([group["radii"][index] for index in indices], dtype=torch.float64)
+                directions = self.directions(family, gradients, group)
+                products = inner_products(weights, directions)
+                decay = group["weight_decay"]
+                step_(weights, directions, products, radii=radii.to(weights.device), lr=group["lr"], weight_decay=decay)
+                for parameter, weight in zip(family, weights, strict=True):
+                    parameter.copy_(weight)
+        return loss
+
+    def stacked_state(self, family: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+        """Return the fp32 state ``name`` of a family as one [count, rows, columns] tensor, zeros at first."""
+        for parameter in family:
+            if name not in self.state[parameter]:
+                self.state[parameter][name] = torch.zeros_like(parameter, dtype=torch.float32)
+        return torch.stack([self.state[parameter][name] for parameter in family])
+
+    def keep_state(self, family: Sequence[torch.Tensor], name: str, stacked: torch.Tensor) -> None:
+        """Write a stacked state back to its parameters."""
+        for parameter, value in zip(family, stacked, strict=True):
+            self.state[parameter][name].copy_(value)
+
+
+def _families(parameters: Sequence[torch.Tensor]) -> Iterable[list[int]]:
+    """Group the indices of parameters that have a gradient by shape, dtype and device."""
+    families: dict[tuple[Any, ...], list[int]] = {}
+    for index, parameter in enumerate(parameters):
+        if parameter.grad is not None:
+            families.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(index)
+    return families.values()

@@ -1,0 +1,69 @@
+"""What a Megatron-Core parameter is: its name in the whole model, its role, its global shape."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterator
+
+import torch
+
+REPLICATED = -1
+
+# Roles by name; tests check that every parameter of every model has exactly one.
+ROLES: dict[str, tuple[str, ...]] = {
+    "embedding": ("*embedding.word_embeddings.weight",),
+    "output": ("*output_layer.weight",),
+    "hidden": (
+        "*.self_attention.linear_qkv.weight",
+        "*.self_attention.linear_proj.weight",
+        "*.mlp.linear_fc1.weight",
+        "*.mlp.linear_fc2.weight",
+    ),
+    "vector": ("*norm.weight", "*.layer_norm_weight", "*.bias"),
+}
+
+
+def named_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield a pipeline chunk's parameters, layers numbered from 0 over the whole model, wrappers' prefixes dropped."""
+    numbers = {
+        name: str(module.layer_number - 1)
+        for name, module in chunk.named_modules()
+        if hasattr(module, "layer_number") and re.search(r"\.layers\.\d+$", name)
+    }
+    for name, parameter in chunk.named_parameters():
+        match = re.match(r"(.*\.layers)\.(\d+)\.(.*)", name)
+        if match:
+            name = f"{match[1]}.{numbers[f'{match[1]}.{match[2]}']}.{match[3]}"
+        yield re.sub(r"^(module\.)+", "", name), parameter
+
+
+def role_of(name: str, parameter: torch.Tensor) -> str:
+    """Return the one role of a parameter.
+
+    Raises:
+        ValueError: no role matches it, or more than one, or its shape does not fit.
+    """
+    # With tied embeddings the last pipeline stage holds a copy of the embedding under the output layer's name.
+    if getattr(parameter, "shared_embedding", False):
+        return "embedding"
+    found = [role for role, patterns in ROLES.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+    if len(found) != 1:
+        what = "no role" if not found else f"{len(found)} roles ({', '.join(found)})"
+        raise ValueError(
+            f"{what} for the parameter {name} of shape {tuple(parameter.shape)}; see ROLES in parameters.py"
+        )
+    if (parameter.ndim == 2) == (found[0] == "vector"):
+        raise ValueError(f"the parameter {name} has the role {found[0]} but the shape {tuple(parameter.shape)}")
+    return found[0]
+
+
+def partition_dim(parameter: torch.Tensor) -> int:
+    """Return the dimension that is split over the tensor-parallel ranks, or -1 if each holds the whole parameter."""
+    return int(parameter.partition_dim) if getattr(parameter, "tensor_model_parallel", False) else REPLICATED  # type: ignore[attr-defined]
+
+
+def global_shape(parameter: torch.Tensor, tensor_parallel_size: int) -> tuple[int, ...]:
+    """Return the shape of the parameter of which this rank holds a part."""
+    split = partition_dim(parameter)
+    return tuple(size * tensor_parallel_size if dim == split else size for dim, size in enumerate(parameter.shape))

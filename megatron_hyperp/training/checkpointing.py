@@ -1,0 +1,313 @@
+"""Checkpoints: one folder per iteration in Megatron-Core's torch_dist format, loadable under any layout.
+
+A checkpoint is written into a folder of another name, renamed when it is complete, and only then named in the tracker
+file, so that a killed save never becomes the latest. Its ``config.yaml`` is the run's resolved config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron_hyperp import __version__, arguments
+from megatron_hyperp.config import Config
+from megatron_hyperp.errors import UsageError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+CONFIG_FILE = "config.yaml"
+# What must agree for weights to fit: everything the forward pass depends on.
+ARCHITECTURE = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "vocab_size",
+    "qk_layernorm",
+    "untie_embeddings_and_output_weights",
+    "norm_epsilon",
+    "rotary_base",
+    "softmax_scale",
+    "residual_multiplier",
+    "logits_multiplier",
+)
+
+
+@dataclasses.dataclass(slots=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        iteration: optimizer steps done, skipped ones included.
+        consumed_samples: training sequences drawn from the dataset.
+        consumed_tokens: tokens in them.
+    """
+
+    iteration: int = 0
+    consumed_samples: int = 0
+    consumed_tokens: int = 0
+
+
+def checkpoint_folder(root: str | Path, iteration: int) -> Path:
+    """Return the folder of one iteration."""
+    return Path(root) / f"iter_{iteration:07d}"
+
+
+def find_checkpoint(root: str | Path) -> Path | None:
+    """Return the newest complete checkpoint under ``root`` (or ``root`` itself if it is one), or None if there is none.
+
+    Raises:
+        UsageError: the tracker file names a checkpoint that is not there.
+    """
+    root = Path(root)
+    if (root / CONFIG_FILE).is_file() and (root / "metadata.json").is_file():
+        return root
+    tracker = root / TRACKER
+    if not tracker.is_file():
+        return None
+    content = tracker.read_text().strip()
+    folder = checkpoint_folder(root, int(content)) if content.isdigit() else None
+    if folder is None or not (folder / CONFIG_FILE).is_file():
+        found = ", ".join(path.name for path in _complete_checkpoints(root)) or "none"
+        raise UsageError(
+            f"{tracker} names iteration {content[:20]!r}, which is not a checkpoint in {root}; complete ones there:"
+            f" {found}; name one with --load {root}/iter_..."
+        )
+    return folder
+
+
+def check_writable(folder: str | Path, flag: str) -> None:
+    """Create ``folder`` if need be and try a file in it.
+
+    Raises:
+        UsageError: it cannot be created or written; the message has the reason.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{flag} {folder} cannot be written ({error.strerror}); give a folder that can") from error
+
+
+def check_compatible(folder: Path, config: Config) -> None:
+    """Compare the config in a checkpoint with this run's.
+
+    Raises:
+        UsageError: another architecture or kind of optimizer state; every field that differs is named.
+    """
+    from megatron_hyperp.optim.routing import RULES
+
+    saved = arguments.load_yaml(folder / CONFIG_FILE)
+    differing = [
+        f"{name} is {getattr(saved.model, name)} there, {getattr(config.model, name)} here"
+        for name in ARCHITECTURE
+        if getattr(saved.model, name) != getattr(config.model, name)
+    ]
+    if differing:
+        raise UsageError(
+            f"the checkpoint {folder} has another architecture: {'; '.join(differing)}; give its values, or start anew"
+            " with another --save and no --load",
+            same_on_all_ranks=True,
+        )
+    there, here = saved.optimizer.optimizer, config.optimizer.optimizer
+    if RULES[there] != RULES[here]:
+        raise UsageError(
+            f"the checkpoint {folder} has the optimizer state of {there}, which {here} cannot take over;"
+            f" give --optimizer {there}, or start anew",
+            same_on_all_ranks=True,
+        )
+
+
+def changed_settings(folder: Path, config: Config) -> list[str]:
+    """Return a line for each data or schedule setting that this run has changed since the checkpoint."""
+    saved = arguments.load_yaml(folder / CONFIG_FILE)
+    watched = {
+        "data": ("data_path", "split", "tokenizer_model"),
+        "training": ("seed", "global_batch_size", "train_iters"),
+        "model": ("seq_length",),
+        "optimizer": ("optimizer", "lr", "min_lr", "lr_decay_style", "weight_decay"),
+    }
+    lines = []
+    for section, names in watched.items():
+        for name in names:
+            before, now = getattr(getattr(saved, section), name), getattr(getattr(config, section), name)
+            if before != now:
+                lines.append(f"{name} was {before} in the checkpoint and is now {now}")
+    return lines
+
+
+def save_checkpoint(
+    config: Config, progress: Progress, chunks: list[torch.nn.Module], optimizer: Any, run_id: str | None = None
+) -> Path:
+    """Write a checkpoint, make it the latest, drop those beyond ``--keep``; a collective call.
+
+    Args:
+        config: resolved config with ``checkpoint.save`` set.
+        progress: where the run stands.
+        chunks: this rank's pipeline chunks.
+        optimizer: the Megatron optimizer.
+        run_id: of the Weights & Biases run, so that a resumed run continues it.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    from megatron.core import dist_checkpointing
+
+    assert config.checkpoint.save is not None
+    root = Path(config.checkpoint.save)
+    folder = checkpoint_folder(root, progress.iteration)
+    partial = folder.with_name(f"partial_{folder.name}")
+    if dist.get_rank() == 0:
+        for leftover in root.glob("partial_iter_*"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+        _write_durably(partial / CONFIG_FILE, arguments.to_yaml(config))
+    dist.barrier()
+    state = _sharded_state(chunks, optimizer)
+    state["progress"] = dataclasses.asdict(progress)
+    state["version"], state["run_id"] = __version__, run_id
+    dist_checkpointing.save(state, str(partial))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(partial, folder)
+        _write_durably(root / TRACKER, f"{progress.iteration}\n")
+        _drop_old(root, config.checkpoint.keep)
+    dist.barrier()
+    return folder
+
+
+def load_checkpoint(
+    folder: Path, config: Config, chunks: list[torch.nn.Module], optimizer: Any
+) -> tuple[Progress, str | None]:
+    """Restore model, optimizer and random state; a collective call.
+
+    The random state is restored only under the layout that wrote it; without dropout nothing depends on it.
+
+    Returns:
+        Where the run stands, and the Weights & Biases run id.
+
+    Raises:
+        UsageError: the checkpoint cannot be read.
+    """
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.core import CheckpointingException
+
+    same_layout = _layout(arguments.load_yaml(folder / CONFIG_FILE)) == _layout(config)
+    state = _sharded_state(chunks, optimizer, with_random_state=same_layout)
+    try:
+        loaded = dist_checkpointing.load(state, str(folder))
+    except (CheckpointingException, OSError, RuntimeError, EOFError) as error:
+        raise UsageError(
+            f"the checkpoint {folder} cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]});"
+            " name an older one with --load"
+        ) from error
+    for index, chunk in enumerate(chunks):
+        _model(chunk).load_state_dict(loaded[f"model{index}"])
+    optimizer.load_state_dict(loaded["optimizer"])
+    if same_layout:
+        _restore_random_state(loaded["rng"][0])
+    return Progress(**loaded["progress"]), loaded["run_id"]
+
+
+def _model(chunk: torch.nn.Module) -> Any:
+    """Return the GPTModel inside its wrappers."""
+    module: Any = chunk
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+def _sharded_state(chunks: list[torch.nn.Module], optimizer: Any, with_random_state: bool = True) -> dict[str, Any]:
+    models = {f"model{index}": _model(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+    state: dict[str, Any] = {**models, "optimizer": optimizer.sharded_state_dict(models)}
+    if with_random_state:
+        state["rng"] = _random_state()
+    return state
+
+
+def _random_state() -> Any:
+    """Return this rank's random states as one sharded object."""
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    state: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, gauss = state
+    content = {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss),
+        "torch": torch.get_rng_state(),
+        "device": torch.cuda.get_rng_state(),
+        "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
+    }
+    sizes = (
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(),
+    )
+    ranks = (
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    return ShardedObject("rng_state", [content], sizes, ranks)
+
+
+def _restore_random_state(content: dict[str, Any]) -> None:
+    from megatron.core import tensor_parallel
+
+    random.setstate(content["python"])
+    name, keys, position, has_gauss, gauss = content["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    torch.set_rng_state(content["torch"])
+    torch.cuda.set_rng_state(content["device"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(content["tracker"])
+
+
+def _layout(config: Config) -> tuple[int, ...]:
+    parallel, training = config.parallel, config.training
+    return (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.num_virtual_stages_per_pipeline_rank,
+        training.micro_batch_size,
+    )
+
+
+def _write_durably(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _complete_checkpoints(root: Path) -> list[Path]:
+    return sorted(
+        path for path in root.glob("iter_*") if re.fullmatch(r"iter_\d+", path.name) and (path / CONFIG_FILE).is_file()
+    )
+
+
+def _drop_old(root: Path, keep: int) -> None:
+    if keep:
+        for folder in _complete_checkpoints(root)[:-keep]:
+            shutil.rmtree(folder)
+
+
+def write_run_config(config: Config) -> None:
+    """Write the resolved config into the run folder."""
+    _write_durably(Path(config.logging.run_dir) / CONFIG_FILE, arguments.to_yaml(config))

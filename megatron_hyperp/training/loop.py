@@ -1,0 +1,406 @@
+"""Pretraining: from a config to a trained model. Reads top to bottom: check, join, build, resume, train."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_hyperp import device, estimate
+from megatron_hyperp.config import Config, data_parallel_size
+from megatron_hyperp.data import loader
+from megatron_hyperp.data.corpus import check_prefix, check_vocabulary
+from megatron_hyperp.data.tokenizer import load_tokenizer
+from megatron_hyperp.errors import UsageError
+from megatron_hyperp.training import checkpointing
+from megatron_hyperp.training.checkpointing import Progress
+from megatron_hyperp.training.logging import Console, MetricsWriter
+
+Batches = Iterator[dict[str, torch.Tensor]]
+
+
+def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
+    """Resolve the config and look at everything on disk, before any process group exists.
+
+    Returns:
+        The resolved config, the tokenizer, and the checkpoint to resume from.
+
+    Raises:
+        UsageError: anything that cannot run.
+    """
+    if not config.data.data_path:
+        raise UsageError(
+            "no data; give --data-path PREFIX (tools/preprocess_data.py makes one)", same_on_all_ranks=True
+        )
+    if not config.data.tokenizer_model:
+        raise UsageError("no tokenizer; give the --tokenizer-model the data was made with", same_on_all_ranks=True)
+    tokenizer = load_tokenizer(config.data.tokenizer_model)
+    config = config.resolve(world_size=world_size, tokenizer_vocab_size=tokenizer.vocab_size)
+    for _, prefix in loader.parse_blend(config.data.data_path):
+        check_prefix(prefix)
+        check_vocabulary(prefix, config.model.vocab_size)
+    checkpointing.check_writable(config.logging.run_dir, "--run-dir")
+    if config.checkpoint.save:
+        checkpointing.check_writable(config.checkpoint.save, "--save")
+    return config, tokenizer, _checkpoint_to_load(config)
+
+
+def _checkpoint_to_load(config: Config) -> Path | None:
+    load, save = config.checkpoint.load, config.checkpoint.save
+    if load is None:
+        if save is not None and checkpointing.find_checkpoint(save) is not None:
+            raise UsageError(
+                f"--save {save} already holds checkpoints, which this new run would mix with its own;"
+                f" resume with --load {save}, or give an empty folder",
+                same_on_all_ranks=True,
+            )
+        return None
+    folder = checkpointing.find_checkpoint(load)
+    if folder is None:
+        if save is not None and Path(load).resolve() == Path(save).resolve():
+            return None
+        raise UsageError(f"--load {load} holds no checkpoint; give a folder that does, or leave it out")
+    checkpointing.check_compatible(folder, config)
+    return folder
+
+
+def pretrain(config: Config, *, world_size: int) -> Progress:
+    """Train as the config says; every rank of the job calls this.
+
+    Args:
+        config: not yet resolved.
+        world_size: ranks of the job.
+
+    Returns:
+        Where the run stands at its end.
+
+    Raises:
+        UsageError: bad input, before training starts.
+    """
+    config, tokenizer, resume_from = check(config, world_size)
+    device.adapt_megatron()
+    device.init_process_group(config.parallel.distributed_timeout_minutes)
+    trainer = Trainer(config, tokenizer, resume_from)
+    try:
+        return trainer.train()
+    finally:
+        trainer.close()
+
+
+def initialize_megatron(config: Config) -> None:
+    """Create Megatron-Core's process groups and random states; torch's process group must exist."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel, virtual = config.parallel, config.parallel.num_virtual_stages_per_pipeline_rank
+    parallel_state.initialize_model_parallel(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        virtual if virtual > 1 else None,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+    )
+    torch.manual_seed(config.training.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+
+
+class Trainer:
+    """One run: model, optimizer, schedule, data, and the loop over them.
+
+    Args:
+        config: resolved config.
+        tokenizer: of the data.
+        resume_from: checkpoint folder, or None to start from scratch.
+    """
+
+    def __init__(self, config: Config, tokenizer: Any, resume_from: Path | None) -> None:
+        from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+        from megatron_hyperp.model.build import build_model
+        from megatron_hyperp.optim.distributed import get_hyperp_optimizer
+
+        self.config = config
+        self.world_size = dist.get_world_size()
+        self.rank = dist.get_rank()
+        self.console = Console(active=self.rank == 0, total=config.training.train_iters)
+        initialize_megatron(config)
+        self._announce()
+        self.chunks = build_model(config)
+        self.optimizer = get_hyperp_optimizer(config, self.chunks, log=self.console.print)
+        options, peak = config.optimizer, config.learning_rate().value
+        self.scheduler = OptimizerParamScheduler(
+            self.optimizer,
+            init_lr=0.0,
+            max_lr=peak,
+            min_lr=options.min_lr,
+            lr_warmup_steps=options.lr_warmup_iters,
+            lr_decay_steps=config.training.train_iters,
+            lr_decay_style=options.lr_decay_style,
+            start_wd=options.weight_decay,
+            end_wd=options.weight_decay,
+            wd_incr_steps=0,
+            wd_incr_style="constant",
+            use_checkpoint_opt_param_scheduler=False,
+            wsd_decay_steps=options.lr_wsd_decay_iters,
+            lr_wsd_decay_style="linear",
+        )
+        self.progress, run_id = Progress(), None
+        if resume_from is not None:
+            self.progress, run_id = checkpointing.load_checkpoint(resume_from, config, self.chunks, self.optimizer)
+            self.scheduler.step(self.progress.iteration)
+            self.console.print(f"resumed from {resume_from} at iteration {self.progress.iteration}")
+            for line in checkpointing.changed_settings(resume_from, config):
+                self.console.print(f"note: {line}")
+        self._build_data(tokenizer)
+        self.writer = MetricsWriter(config, active=self.rank == 0, fresh=resume_from is None, run_id=run_id)
+        if self.rank == 0:
+            checkpointing.write_run_config(config)
+
+    def _announce(self) -> None:
+        config, model, parallel = self.config, self.config.model, self.config.parallel
+        self.console.print(f"megatron-hyperp on {self.world_size} x {device.describe()}")
+        self.console.print(
+            f"model: {estimate.parameter_count(model):,} parameters, {model.num_layers} layers, width"
+            f" {model.hidden_size}, FFN {model.ffn_hidden_size}, {model.num_attention_heads} heads of"
+            f" {model.kv_channels} in {model.num_query_groups} groups, vocabulary {model.vocab_size}"
+        )
+        self.console.print(
+            f"layout: TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x DP"
+            f" {data_parallel_size(config, self.world_size)}; {config.training.train_iters} iterations of"
+            f" {config.batch_tokens:,} tokens"
+        )
+        self.console.print(config.learning_rate().describe())
+        self.console.print(
+            f"residual multiplier {model.residual_multiplier:.4g}, attention scale {model.softmax_scale:.4g},"
+            f" weight decay {config.optimizer.weight_decay:g}, {config.optimizer.lr_decay_style} decay to"
+            f" {config.optimizer.min_lr:.3g}"
+        )
+
+    def _build_data(self, tokenizer: Any) -> None:
+        data, training = self.config.data, self.config.training
+        evaluation = training.eval_iters if training.eval_interval else 0
+        self.train_set, self.valid_set, _ = loader.build_datasets(
+            data_path=data.data_path,
+            split=data.split,
+            seq_length=self.config.model.seq_length,
+            seed=training.seed,
+            num_samples=(
+                training.train_iters * training.global_batch_size,
+                evaluation * training.global_batch_size,
+                0,
+            ),
+            tokenizer=tokenizer,
+            cache_path=data.data_cache_path,
+            eod_mask_loss=data.eod_mask_loss,
+        )
+
+    def _batches(self, dataset: Any, consumed_samples: int) -> list[Batches]:
+        """Return one iterator per pipeline chunk: the interleaved schedule draws from each on its own."""
+        from megatron.core import parallel_state
+
+        return [
+            iter(
+                loader.batches(
+                    dataset,
+                    consumed_samples=consumed_samples,
+                    micro_batch_size=self.config.training.micro_batch_size,
+                    data_parallel_rank=parallel_state.get_data_parallel_rank(),
+                    data_parallel_size=parallel_state.get_data_parallel_world_size(),
+                    num_workers=self.config.data.num_workers,
+                    pin_memory=device.has_cuda(),
+                )
+            )
+            for _ in self.chunks
+        ]
+
+    def train(self) -> Progress:
+        """Run to the last iteration, or to ``--exit-interval``; save there."""
+        config, training = self.config, self.config.training
+        if self.progress.iteration >= training.train_iters:
+            self.console.print(f"nothing to do: iteration {self.progress.iteration} of {training.train_iters} is done")
+            return self.progress
+        batches = self._batches(self.train_set, self.progress.consumed_samples)
+        if self.progress.iteration == 0:
+            self.evaluate()
+        self.console.start_bar(self.progress.iteration)
+        meter = Meter(self)
+        while self.progress.iteration < training.train_iters:
+            lr = self._matrix_lr()
+            losses = self._forward_backward(batches, forward_only=False)
+            _, grad_norm, _ = self.optimizer.step()
+            self.scheduler.step(1)
+            self.progress.iteration += 1
+            self.progress.consumed_samples += training.global_batch_size
+            self.progress.consumed_tokens += config.batch_tokens
+            meter.add(losses, lr, grad_norm)
+            iteration, last = self.progress.iteration, self.progress.iteration == training.train_iters
+            stopping = last or bool(training.exit_interval and iteration % training.exit_interval == 0)
+            if iteration % config.logging.log_interval == 0 or stopping:
+                meter.report()
+            if training.eval_interval and (iteration % training.eval_interval == 0 or last):
+                self.evaluate()
+                meter.restart_clock()
+            interval = config.checkpoint.save_interval
+            if config.checkpoint.save and (stopping or (interval and iteration % interval == 0)):
+                self._save()
+                meter.restart_clock()
+            if stopping:
+                break
+        self.console.stop_bar()
+        self.console.print(f"stopped at iteration {self.progress.iteration} of {training.train_iters}")
+        return self.progress
+
+    def _matrix_lr(self) -> float:
+        """The learning rate of tensors whose multiplier is 1."""
+        return float(self.scheduler.get_lr({}))
+
+    def _forward_backward(self, batches: list[Batches], *, forward_only: bool) -> torch.Tensor:
+        """Run one global batch; return this rank's [sum of losses, tokens], zeros but on the last pipeline stage."""
+        from megatron.core.pipeline_parallel import get_forward_backward_func
+
+        training = self.config.training
+        if not forward_only:
+            for chunk in self.chunks:
+                chunk.zero_grad_buffer()
+            self.optimizer.zero_grad()
+        share = training.micro_batch_size * data_parallel_size(self.config, self.world_size)
+        outputs = get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=batches if len(batches) > 1 else batches[0],
+            model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
+            num_microbatches=training.global_batch_size // share,
+            seq_length=self.config.model.seq_length,
+            micro_batch_size=training.micro_batch_size,
+            forward_only=forward_only,
+        )
+        zero = torch.zeros(2, dtype=torch.float64, device=device.device())
+        return sum((output["loss"] for output in outputs), zero)
+
+    def global_mean(self, losses: torch.Tensor) -> float:
+        """Mean loss per token from every rank's [sum, tokens]; a collective call, equal on all ranks."""
+        from megatron.core import parallel_state
+
+        # The ranks of a tensor-parallel group hold the same sums: count one of them.
+        counted = losses if parallel_state.get_tensor_model_parallel_rank() == 0 else torch.zeros_like(losses)
+        counted = counted.clone()
+        dist.all_reduce(counted)
+        return float(counted[0] / counted[1])
+
+    def evaluate(self) -> float | None:
+        """Return and write the held-out loss over the same ``eval_iters`` batches each time; None without any."""
+        training = self.config.training
+        if self.valid_set is None or not training.eval_interval or not training.eval_iters:
+            return None
+        for chunk in self.chunks:
+            chunk.eval()
+        batches = self._batches(self.valid_set, 0)
+        losses = torch.zeros(2, dtype=torch.float64, device=device.device())
+        with torch.no_grad():
+            for _ in range(training.eval_iters):
+                losses += self._forward_backward(batches, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        loss = self.global_mean(losses)
+        row = {"iteration": self.progress.iteration, "tokens": self.progress.consumed_tokens, "eval_loss": loss}
+        self.writer.write(row)
+        self.console.print(f"held-out loss {loss:.4f} at iteration {self.progress.iteration}")
+        return loss
+
+    def _save(self) -> None:
+        started = time.monotonic()
+        folder = checkpointing.save_checkpoint(
+            self.config, self.progress, self.chunks, self.optimizer, run_id=self.writer.run_id
+        )
+        self.console.print(f"saved {folder} in {time.monotonic() - started:.1f} s")
+
+    def close(self) -> None:
+        """Close the writers and leave the process groups."""
+        self.console.stop_bar()
+        self.writer.close()
+        from megatron.core import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Meter:
+    """Gathers what one log line reports.
+
+    Args:
+        trainer: the run.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+        self._clear()
+
+    def _clear(self) -> None:
+        self._losses = torch.zeros(2, dtype=torch.float64, device=device.device())
+        self._tokens = 0
+        self._seconds = 0.0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out the time since the last iteration: an evaluation or a checkpoint."""
+        self._mark = time.monotonic()
+
+    def add(self, losses: torch.Tensor, lr: float, grad_norm: float) -> None:
+        """Take in one iteration."""
+        now = time.monotonic()
+        self._seconds += now - self._mark
+        self._mark = now
+        self._losses += losses
+        self._tokens += self._trainer.config.batch_tokens
+        self._lr, self._grad_norm = lr, grad_norm
+
+    def report(self) -> None:
+        """Write and print the interval's row; a collective call."""
+        trainer, config = self._trainer, self._trainer.config
+        device.synchronize()
+        row: dict[str, float | int] = {
+            "iteration": trainer.progress.iteration,
+            "tokens": trainer.progress.consumed_tokens,
+            "loss": trainer.global_mean(self._losses),
+            "lr": self._lr,
+            "grad_norm": self._grad_norm,
+            "tokens_per_s": self._tokens / max(self._seconds, 1e-9),
+            "radius_drift": trainer.optimizer.radius_drift(),
+            "skipped": trainer.optimizer.steps_skipped,
+        }
+        peak = config.logging.peak_tflops or device.peak_tflops()
+        if peak:
+            flops = estimate.train_flops_per_token(config.model) * row["tokens_per_s"]
+            row["mfu"] = flops / (peak * 1e12 * trainer.world_size)
+        trainer.writer.write(row)
+        trainer.console.status(row)
+        self._clear()
+
+
+def forward_step(batches: Batches, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+    """Megatron-Core's forward step: draw a micro-batch, run this chunk, say how its output becomes a loss."""
+    batch = {name: value.to(device.device(), non_blocking=True) for name, value in next(batches).items()}
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+    return output, partial(loss_function, batch["loss_mask"])
+
+
+def loss_function(
+    loss_mask: torch.Tensor, losses: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+    """Sum the token losses that count.
+
+    Args:
+        loss_mask: [batch, sequence], 1 where a token counts.
+        losses: [batch, sequence].
+
+    Returns:
+        The sum, the number of tokens (both as Megatron-Core's per-token loss wants them), and a detached report.
+    """
+    mask = loss_mask.float()
+    total, tokens = (losses.float() * mask).sum(), mask.sum()
+    # A clone: Megatron-Core's schedules scale the loss in place.
+    report = torch.stack([total.detach().clone(), tokens]).double()
+    return total, tokens.int(), {"loss": report}

@@ -1,0 +1,139 @@
+"""The HyperP transfer laws: from numbers tuned once on the base model to those of any other model.
+
+Every function is pure. Sources: HyperP, arXiv 2603.28743; the optimizer baselines of its comparison follow
+microsoft/ArchScale. Notation: depth d, tokens T, batch B (in tokens); the index 0 marks the base model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+BASE_DEPTH = 8
+BASE_TOKENS = 10_400_000_000
+BASE_BATCH_TOKENS = 2**21
+TOKEN_EXPONENT = 0.32
+BASE_HEAD_SIZE = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Which laws an optimizer's recipe applies.
+
+    Attributes:
+        eta0: learning rate of the base model.
+        weight_decay: weight decay of the base model.
+        depth_law: learning rate times sqrt(d0/d).
+        token_law: learning rate times (T/T0)^-exponent.
+        batch_law: learning rate times sqrt(B/B0).
+        depth_mup: residual branches times 1/sqrt(2L).
+        decay_law: weight decay times d0/d (arXiv 2512.05620).
+        width_mup: learning rate of hidden matrices, and logits, times w0/w (muP for Adam).
+    """
+
+    eta0: float
+    weight_decay: float
+    depth_law: bool = False
+    token_law: bool = False
+    batch_law: bool = False
+    depth_mup: bool = False
+    decay_law: bool = False
+    width_mup: bool = False
+
+
+# eta0: MuonH with QK-norm from the HyperP paper (1.5e-2, dense); muP AdamW and the weight decay 0.1 from ArchScale's
+# defaults. The Muon baseline has no published base value for this parametrisation: tune it before a comparison.
+RECIPES: dict[str, Recipe] = {
+    "hyperp": Recipe(eta0=1.5e-2, weight_decay=0.0, depth_law=True, token_law=True, batch_law=True, depth_mup=True),
+    "muonh": Recipe(eta0=1.5e-2, weight_decay=0.0),
+    "muon": Recipe(eta0=1.5e-2, weight_decay=0.1, depth_law=True, batch_law=True, depth_mup=True, decay_law=True),
+    "adamw": Recipe(eta0=6e-4, weight_decay=0.1, batch_law=True, width_mup=True),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class LearningRate:
+    """A transferred learning rate with the factors that made it.
+
+    Attributes:
+        eta0: the base learning rate.
+        factors: name of the law, its formula with numbers, its value.
+    """
+
+    eta0: float
+    factors: tuple[tuple[str, str, float], ...]
+
+    @property
+    def multiplier(self) -> float:
+        """Product of all factors."""
+        return math.prod(value for _, _, value in self.factors)
+
+    @property
+    def value(self) -> float:
+        """The peak learning rate eta."""
+        return self.eta0 * self.multiplier
+
+    def describe(self) -> str:
+        """Return the decision, one factor a line."""
+        lines = [f"learning rate {self.value:.6g} = {self.eta0:g} (eta0)"]
+        lines += [f"    x {value:<8.4g} {name}: {formula}" for name, formula, value in self.factors]
+        return "\n".join(lines)
+
+
+def learning_rate(
+    recipe: Recipe,
+    *,
+    eta0: float,
+    depth: int,
+    tokens: float,
+    batch_tokens: float,
+    base_depth: int = BASE_DEPTH,
+    base_tokens: float = BASE_TOKENS,
+    base_batch_tokens: float = BASE_BATCH_TOKENS,
+    token_exponent: float = TOKEN_EXPONENT,
+) -> LearningRate:
+    """Transfer the base learning rate: eta = eta0 sqrt(d0/d) (T/T0)^-0.32 sqrt(B/B0), each law if the recipe has it.
+
+    There is no width term: on the sphere the step is a fraction of the matrix's own radius (arXiv 2603.28743).
+
+    Args:
+        recipe: which laws apply, see :data:`RECIPES`.
+        eta0: learning rate tuned on the base model.
+        depth: number of layers d.
+        tokens: training tokens T.
+        batch_tokens: tokens per global batch B.
+        base_depth: d0.
+        base_tokens: T0.
+        base_batch_tokens: B0.
+        token_exponent: the fitted exponent of T/T0, without its sign.
+    """
+    factors: list[tuple[str, str, float]] = []
+    if recipe.depth_law:
+        factors.append(("depth", f"sqrt({base_depth} / {depth})", math.sqrt(base_depth / depth)))
+    if recipe.token_law:
+        ratio = tokens / base_tokens
+        factors.append(("tokens", f"({tokens:.4g} / {base_tokens:.4g})^-{token_exponent:g}", ratio**-token_exponent))
+    if recipe.batch_law:
+        formula = f"sqrt({batch_tokens:,.0f} / {base_batch_tokens:,.0f} tokens)"
+        factors.append(("batch", formula, math.sqrt(batch_tokens / base_batch_tokens)))
+    return LearningRate(eta0, tuple(factors))
+
+
+def weight_decay(recipe: Recipe, *, base_weight_decay: float, depth: int, base_depth: int = BASE_DEPTH) -> float:
+    """Transfer the weight decay: lambda = lambda0 d0/d for the Muon baseline (arXiv 2512.05620), else lambda0."""
+    return base_weight_decay * (base_depth / depth if recipe.decay_law else 1.0)
+
+
+def residual_multiplier(recipe: Recipe, num_layers: int) -> float:
+    """Depth-muP factor 1/sqrt(2L) on every attention and MLP output, or 1 for recipes without it."""
+    return 1.0 / math.sqrt(2.0 * num_layers) if recipe.depth_mup else 1.0
+
+
+def softmax_scale(head_size: int) -> float:
+    """Attention logits' scale sqrt(128)/d_head: 1/sqrt(d_head) at d_head = 128, and 1/d_head in its scaling (muP)."""
+    return math.sqrt(BASE_HEAD_SIZE) / head_size
+
+
+def token_budget(parameters: int, base_parameters: int, base_tokens: float = BASE_TOKENS) -> int:
+    """Training tokens T(d) = T0 N(d)/N(d0), rounded to a whole token."""
+    return round(base_tokens * parameters / base_parameters)

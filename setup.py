@@ -1,0 +1,41 @@
+"""Packaging of megatron-hyperp; tool settings live in pyproject.toml, exact pins in constraints.txt."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (HERE / "megatron_hyperp/__init__.py").read_text()).group(1)
+
+setup(
+    name="megatron-hyperp",
+    version=VERSION,
+    description="Megatron-style distributed pretraining on the hypersphere: HyperP and MuonH for Megatron-Core",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megatron_hyperp", "megatron_hyperp.*"]),
+    package_data={"megatron_hyperp": ["py.typed"]},
+    install_requires=[
+        "torch>=2.9",
+        "megatron-core>=0.16.1,<0.17",
+        # Megatron-Core uses psutil when it saves a checkpoint, and does not declare it.
+        "psutil",
+        "numpy",
+        "sentencepiece",
+        "tokenizers",
+        "pyyaml",
+        "rich",
+        "matplotlib",
+        "tensorboard",
+        "wandb",
+    ],
+    extras_require={
+        "dev": ["pytest", "pytest-timeout", "ruff", "mypy", "types-PyYAML"],
+        "convert": ["transformers>=5", "safetensors"],
+        # Wheels of TransformerEngine need CUDA. NVIDIA's apex is not on PyPI (the "apex" there is something else).
+        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+    },
+)

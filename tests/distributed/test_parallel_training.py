@@ -1,0 +1,98 @@
+"""Every layout trains the model that one rank trains, and keeps its weights on their spheres."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_hyperp.training.logging import read_metrics
+from tests import tolerances
+from tests.run_distributed import free_port, run_distributed
+from tests.toy import toy_config, write_corpus
+
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {
+        "one": {},
+        "one-tied": {"untie_embeddings_and_output_weights": False},
+        "one-recompute": {"recompute_granularity": "full"},
+        "one-selective": {"recompute_granularity": "selective"},
+        "one-bf16": {"bf16": True},
+        "one-muonh": {"optimizer": "muonh"},
+        "one-muon": {"optimizer": "muon"},
+        "one-adamw": {"optimizer": "adamw", "lr": 0.005, "base_hidden_size": 32},
+    },
+    2: {
+        "tp2": {"tensor_model_parallel_size": 2},
+        "tp2-sp": {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+        "pp2": {"pipeline_model_parallel_size": 2},
+        "pp2-vpp2": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
+        "dp2": {},
+        "tp2-tied": {"tensor_model_parallel_size": 2, "untie_embeddings_and_output_weights": False},
+        "pp2-tied": {"pipeline_model_parallel_size": 2, "untie_embeddings_and_output_weights": False},
+        "tp2-muon": {"tensor_model_parallel_size": 2, "optimizer": "muon"},
+        "tp2-adamw": {"tensor_model_parallel_size": 2, "optimizer": "adamw", "lr": 0.005, "base_hidden_size": 32},
+    },
+    4: {
+        "tp2-dp2": {"tensor_model_parallel_size": 2},
+        "tp2-pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
+    },
+}
+ALL = [name for layouts in LAYOUTS.values() for name in layouts]
+
+
+def train_all(prefix: str, folder: str, layouts: dict[str, dict[str, Any]], ports: dict[str, int]) -> None:
+    from megatron_hyperp.training.loop import pretrain
+
+    for name, overrides in layouts.items():
+        os.environ["MASTER_PORT"] = str(ports[name])
+        pretrain(toy_config(prefix, Path(folder) / name, **overrides), world_size=int(os.environ["WORLD_SIZE"]))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("layouts")
+    prefix = write_corpus(folder)
+    for world_size, layouts in LAYOUTS.items():
+        run_distributed(train_all, world_size, prefix, str(folder), layouts, {name: free_port() for name in layouts})
+    return {name: read_metrics(folder / name) for name in ALL}
+
+
+def largest_difference(run: list[dict[str, Any]], reference: list[dict[str, Any]], key: str = "loss") -> float:
+    assert len(run) == len(reference) == 20
+    return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(run, reference, strict=True))
+
+
+@pytest.mark.parametrize("name", ["tp2", "tp2-sp", "pp2", "pp2-vpp2", "dp2", "tp2-dp2", "tp2-pp2"])
+def test_layout_equals_one_rank(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
+    assert largest_difference(runs[name], runs["one"]) < tolerances.LAYOUT_LOSS
+    assert largest_difference(runs[name], runs["one"], "grad_norm") < 100 * tolerances.LAYOUT_LOSS
+
+
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [("tp2-tied", "one-tied"), ("pp2-tied", "one-tied"), ("tp2-muon", "one-muon"), ("tp2-adamw", "one-adamw")],
+)
+def test_other_models_and_optimizers_equal_one_rank(
+    runs: dict[str, list[dict[str, Any]]], name: str, reference: str
+) -> None:
+    assert largest_difference(runs[name], runs[reference]) < tolerances.LAYOUT_LOSS
+
+
+@pytest.mark.parametrize("name", ["one-recompute", "one-selective"])
+def test_recomputation_changes_nothing(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
+    assert largest_difference(runs[name], runs["one"]) == 0.0
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if "muon" not in name.split("-") and "adamw" not in name])
+def test_weights_stay_on_their_spheres(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
+    drifts = [row["radius_drift"] for row in runs[name]]
+    assert max(drifts) < tolerances.RADIUS_DRIFT
+    assert all(drift > 0 for drift in drifts)
+
+
+@pytest.mark.parametrize("name", ["one", "one-tied", "one-bf16", "one-muonh", "one-muon", "one-adamw"])
+def test_every_optimizer_learns(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
+    assert runs[name][-1]["loss"] < 0.95 * runs[name][0]["loss"]

@@ -1,0 +1,62 @@
+"""The one helper that spawns ranks: gloo processes on this machine, one thread each."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+
+def free_port() -> int:
+    """Return a TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Call ``function(*args)`` on ``world_size`` new processes and return their results, by rank.
+
+    The environment is torchrun's. The function joins process groups itself; it must be importable, and what it
+    returns must be plain values or tensors.
+
+    Raises:
+        AssertionError: a rank failed; the message has its traceback.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.spawn(_rank, (function, world_size, free_port(), folder, args), nprocs=world_size, join=False)
+        try:
+            while not context.join():
+                pass
+        except mp.ProcessExitedException as error:
+            failures = [path.read_text() for path in sorted(Path(folder).glob("*.failed"))]
+            raise AssertionError("\n".join(failures) or str(error)) from error
+        return [torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(world_size)]
+
+
+def _rank(
+    rank: int, function: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS="1",
+    )
+    torch.set_num_threads(1)
+    try:
+        result = function(*args)
+    except BaseException:
+        (Path(folder) / f"{rank}.failed").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        # Not an exception: the other ranks may wait for this one for ever, and join() ends them.
+        os._exit(1)
+    torch.save(result, Path(folder) / f"{rank}.result")

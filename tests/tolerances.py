@@ -1,0 +1,18 @@
+"""The only tolerances of the test suite, each with its reason."""
+
+# fp32 against float64 over 50 MuonH steps: rounding of one step (1e-7), amplified by Newton-Schulz on small singular
+# values (up to a factor 500 on the direction, of which a step moves the weights by a hundredth).
+OPTIMIZER_FP32 = 1e-5
+
+# One sharded Newton-Schulz against one rank, fp32: other summation orders in the same products.
+SHARDED_NEWTON_SCHULZ = 5e-6
+
+# Loss of another layout over 20 fp32 training steps: tensor and data parallelism sum in another order, and training
+# amplifies it; 3e-6 is typical.
+LAYOUT_LOSS = 1e-4
+
+# | ||W||/R - 1 | after retraction in fp32 masters: rounding of the elements averages out.
+RADIUS_DRIFT = 1e-6
+
+# Weight-decay theorem: the residual falls by 4 when the learning rate halves, up to third-order terms.
+WEIGHT_DECAY_FACTOR = 0.1

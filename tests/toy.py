@@ -1,0 +1,63 @@
+"""A toy corpus and config that every test of training shares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_hyperp import arguments
+from megatron_hyperp.config import Config
+
+VOCABULARY = 64
+
+
+def write_corpus(folder: Path, *, documents: int = 2000, seed: int = 0, vocabulary: int = VOCABULARY) -> str:
+    """Write a corpus whose next token mostly follows from the last, and return its prefix."""
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    random = np.random.default_rng(seed)
+    prefix = str(folder / "toy")
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
+    successor = random.permutation(vocabulary)
+    for _ in range(documents):
+        tokens = [int(random.integers(vocabulary))]
+        for _ in range(int(random.integers(50, 150))):
+            tokens.append(int(successor[tokens[-1]]) if random.random() < 0.8 else int(random.integers(vocabulary)))
+        builder.add_item(torch.tensor(tokens))
+        builder.end_document()
+    builder.finalize(prefix + ".idx")
+    return prefix
+
+
+def toy_config(prefix: str, run_dir: Path, **overrides: Any) -> Config:
+    """Return a four-layer config that trains in a second; ``overrides`` name fields of any section."""
+    fields = {
+        "num_layers": 4,
+        "hidden_size": 64,
+        "ffn_hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "seq_length": 64,
+        "vocab_size": VOCABULARY,
+        "data_path": [prefix],
+        "split": "90,10,0",
+        "tokenizer_model": f"null:{VOCABULARY}",
+        "run_dir": str(run_dir),
+        "micro_batch_size": 8,
+        "global_batch_size": 32,
+        "train_iters": 20,
+        "lr": 0.05,
+        "log_interval": 1,
+        "eval_interval": 0,
+        **overrides,
+    }
+    config = Config()
+    for name in arguments.section_types():
+        section = getattr(config, name)
+        for key in [key for key in fields if hasattr(section, key)]:
+            setattr(section, key, fields.pop(key))
+    assert not fields, f"unknown fields {sorted(fields)}"
+    return config

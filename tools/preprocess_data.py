@@ -1,0 +1,72 @@
+"""Tokenize documents into Megatron's indexed format: PREFIX.bin and PREFIX.idx."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from megatron_hyperp.data.corpus import (
+    CorpusSummary,
+    add_corpus_arguments,
+    corpus_from_arguments,
+    positive_int,
+    write_corpus,
+)
+from megatron_hyperp.data.tokenizer import load_tokenizer
+from megatron_hyperp.errors import run_command
+
+
+def main(argv: list[str]) -> None:
+    """Read the command line, write the prefix and print a summary."""
+    arguments = _parse(argv)
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    corpus = corpus_from_arguments(arguments)
+    summary = write_corpus(
+        corpus,
+        arguments.output_prefix,
+        tokenizer,
+        workers=arguments.workers,
+        append_eod=arguments.append_eod,
+        overwrite=arguments.overwrite,
+        total_bytes=corpus.total_bytes,
+    )
+    print(_describe(summary))
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, epilog="--debug shows the traceback of an error.")
+    add_corpus_arguments(parser)
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="TOKENIZER",
+        help="a SentencePiece .model, a Hugging Face tokenizer.json, or null:VOCAB_SIZE for text of token ids",
+    )
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
+    parser.add_argument(
+        "--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="processes (default %(default)s)"
+    )
+    parser.add_argument(
+        "--append-eod",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="end each document with the end-of-document token (default: yes)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+    return parser.parse_args(argv)
+
+
+def _describe(summary: CorpusSummary) -> str:
+    left_out = f" ({summary.empty:,} without text left out)" if summary.empty else ""
+    megabytes = summary.text_bytes / 1e6
+    return (
+        f"{summary.documents:,} documents{left_out}, {summary.tokens:,} tokens, {megabytes:,.1f} MB of text, "
+        f"{summary.tokens / summary.text_bytes:.3f} tokens per byte\n"
+        f"{summary.seconds:.1f} s, {summary.documents / summary.seconds:,.0f} documents/s, "
+        f"{megabytes / summary.seconds:,.1f} MB/s\n"
+        f"wrote {' and '.join(map(str, summary.files))}"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
