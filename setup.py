@@ -15,7 +15,7 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=find_packages(include=["megatron_hyperp", "megatron_hyperp.*"]),
     package_data={"megatron_hyperp": ["py.typed"]},
     install_requires=[

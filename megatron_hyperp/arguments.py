@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from megatron_hyperp.errors import UsageError
 
 def section_types() -> dict[str, type]:
     """Name of each YAML section and its dataclass."""
-    return {name: kind for name, kind in typing.get_type_hints(Config).items()}
+    return typing.get_type_hints(Config)
 
 
 def load_yaml(path: str | Path) -> Config:
@@ -28,13 +30,13 @@ def load_yaml(path: str | Path) -> Config:
         UsageError: no such file, no YAML, an unknown section or key (the nearest known one is named), a wrong type.
     """
     try:
-        text = Path(path).read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read the config {path}: {error}", same_on_all_ranks=True) from error
-    try:
-        content = yaml.safe_load(text) or {}
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        message = f"config {path} cannot be read: {error.strerror}; check the path"
+        raise UsageError(message, same_on_all_ranks=True) from error
     except (yaml.YAMLError, ValueError) as error:
-        raise UsageError(f"{path} is not YAML: {' '.join(str(error).split())}", same_on_all_ranks=True) from error
+        message = f"config {path} is not YAML: {' '.join(str(error).split())}"
+        raise UsageError(message, same_on_all_ranks=True) from error
     return from_dict(content, source=str(path))
 
 
@@ -43,16 +45,18 @@ def from_dict(content: Any, *, source: str) -> Config:
     sections = section_types()
     config = Config()
     for section_name, values in _mapping(content, source).items():
-        _known(section_name, sections, f"{source}: section")
-        section, kind = getattr(config, section_name), sections[section_name]
-        hints = typing.get_type_hints(kind)
-        for key, value in _mapping(values, f"{source}: {section_name}").items():
-            _known(key, hints, f"{source}: key {section_name}.")
-            setattr(section, key, convert(value, hints[key], f"{source}: {section_name}.{key}"))
+        if section_name not in sections:
+            raise _unknown(section_name, sections, f"{source}: section {section_name}")
+        hints = typing.get_type_hints(sections[section_name])
+        for key, value in _mapping(values, f"{source}: section {section_name}").items():
+            if key not in hints:
+                raise _unknown(key, hints, f"{source}: key {section_name}.{key}")
+            converted = convert(value, hints[key], f"{source}: {section_name}.{key}")
+            setattr(getattr(config, section_name), key, converted)
     return config
 
 
-def _mapping(value: Any, where: str) -> dict[str, Any]:
+def _mapping(value: Any, where: str) -> dict[Any, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
@@ -60,11 +64,17 @@ def _mapping(value: Any, where: str) -> dict[str, Any]:
     return value
 
 
-def _known(name: Any, known: dict[str, Any], where: str) -> None:
-    if name not in known:
-        near = difflib.get_close_matches(str(name), known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}"
-        raise UsageError(f"{where} {name!r} is unknown; {hint}".replace(". ", "."), same_on_all_ranks=True)
+def _unknown(name: Any, known: Iterable[str], where: str) -> UsageError:
+    """Say what was meant: a key of another section, one spelled nearly so, or any of the known ones."""
+    homes = [section for section, kind in section_types().items() if name in typing.get_type_hints(kind)]
+    near = difflib.get_close_matches(str(name), known, n=1)
+    if homes:
+        hint = f"it belongs to section {homes[0]}"
+    elif near:
+        hint = f"did you mean {near[0]}?"
+    else:
+        hint = f"known are {', '.join(known)}"
+    return UsageError(f"{where} is unknown; {hint}", same_on_all_ranks=True)
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
@@ -80,23 +90,26 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         if value not in choices:
             raise UsageError(f"{where} is {value!r}; allowed are {', '.join(choices)}", same_on_all_ranks=True)
         return value
-    try:
-        if kind is list:
-            return [str(item) for item in (value if isinstance(value, list) else str(value).split())]
+    with contextlib.suppress(ValueError, OverflowError):
         if kind is bool and isinstance(value, bool):
             return value
-        # YAML 1.1 reads 1e-3 as a string, and 10 where a float is meant as an int.
-        if kind in (int, float) and not isinstance(value, bool) and isinstance(value, (int, float, str)):
-            number = float(value)
-            if kind is float:
-                return number
-            if number == int(number):
-                return int(value) if isinstance(value, (int, str)) and str(value).lstrip("+-").isdigit() else int(number)
-        if kind is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        if kind is list and isinstance(value, list) and all(map(_is_scalar, value)):
+            return [str(item) for item in value]
+        if kind is list and isinstance(value, str):
+            return value.split()
+        if kind is str and _is_scalar(value):
             return str(value)
-    except (ValueError, OverflowError):
-        pass
+        # YAML 1.1 reads 1e-3 as a string, and 10 where a float is meant as an int.
+        if kind is float and _is_scalar(value):
+            return float(value)
+        if kind is int and _is_scalar(value) and float(value) == int(float(value)):
+            # Large integers do not pass through float, which would round them.
+            return int(value) if str(value).lstrip("+-").isdigit() else int(float(value))
     raise UsageError(f"{where} is {value!r}; it must be {_TYPE_NAMES[kind]}", same_on_all_ranks=True)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
 
 
 _TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", list: "a list of strings"}
@@ -116,17 +129,15 @@ def _unwrap(hint: Any) -> tuple[type, bool, tuple[str, ...]]:
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
-        for word in message.split():
-            near = difflib.get_close_matches(word, known, n=1, cutoff=0.75)
-            if "unrecognized" in message and word.startswith("--") and near:
-                message += f"; did you mean {near[0]}?"
-                break
+        if message.startswith("unrecognized"):
+            near = [match for word in message.split() for match in difflib.get_close_matches(word, known, 1, 0.75)]
+            message += f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"{message} (--help lists the flags)", same_on_all_ranks=True)
 
 
 def build_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with ``--config FILE`` and one flag for every field, grouped by section."""
-    parser = _Parser(description=description, allow_abbrev=False)
+    parser = _Parser(description=description, epilog="--debug shows the traceback of an error.", allow_abbrev=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with the same knobs; a flag beats the file")
     for section_name, kind in section_types().items():
         summary = (kind.__doc__ or "").split("\n")[0].replace("``", "")

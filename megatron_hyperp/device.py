@@ -96,7 +96,8 @@ def adapt_megatron() -> None:
 def _quiet_megatron() -> None:
     """Silence notices that users can do nothing about: deprecations inside Megatron-Core and torch's collectives."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-    warnings.filterwarnings("ignore", category=UserWarning, module=r"megatron\.core.*")
+    for category in (FutureWarning, UserWarning, DeprecationWarning):
+        warnings.filterwarnings("ignore", category=category, module=r"megatron\.core.*")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
 
 

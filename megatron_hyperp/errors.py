@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 
 EXIT_USAGE = 2
+
+# A launcher ends all ranks when the first one fails: those that leave an error to rank 0 give it this time to print it.
+SECONDS_FOR_RANK_0 = 10.0
 
 
 class UsageError(ValueError):
@@ -35,15 +39,19 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
     try:
         code = main(argv)
     except UsageError as error:
-        if debug:
-            traceback.print_exc()
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or not error.same_on_all_ranks:
+            if debug:
+                traceback.print_exc()
             who = "" if rank == 0 else f"[rank {rank}] "
             print(f"{who}error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(SECONDS_FOR_RANK_0)
         sys.stdout.flush()
-        # A rank that fails alone must not wait in a process-group destructor for the others.
-        os._exit(EXIT_USAGE) if "RANK" in os.environ else sys.exit(EXIT_USAGE)
+        if "RANK" in os.environ:
+            # A rank that fails alone must not wait in a process-group destructor for the others.
+            os._exit(EXIT_USAGE)
+        sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

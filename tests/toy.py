@@ -52,6 +52,7 @@ def toy_config(prefix: str, run_dir: Path, **overrides: Any) -> Config:
         "lr": 0.05,
         "log_interval": 1,
         "eval_interval": 0,
+        "distributed_timeout_minutes": 2,
         **overrides,
     }
     config = Config()

@@ -5,13 +5,8 @@ from __future__ import annotations
 import argparse
 import os
 
-from megatron_hyperp.data.corpus import (
-    CorpusSummary,
-    add_corpus_arguments,
-    corpus_from_arguments,
-    positive_int,
-    write_corpus,
-)
+from megatron_hyperp.data.arguments import add_corpus_arguments, corpus_from_arguments, positive_int
+from megatron_hyperp.data.indexed import CorpusSummary, write_corpus
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import run_command
 

@@ -6,7 +6,8 @@ import argparse
 import time
 from collections.abc import Iterator
 
-from megatron_hyperp.data.corpus import Corpus, add_corpus_arguments, corpus_from_arguments, positive_int
+from megatron_hyperp.data.arguments import add_corpus_arguments, corpus_from_arguments, positive_int
+from megatron_hyperp.data.corpus import Corpus
 from megatron_hyperp.data.tokenizer import MODEL_TYPES, load_tokenizer, train_sentencepiece
 from megatron_hyperp.errors import run_command
 

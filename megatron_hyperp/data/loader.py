@@ -21,7 +21,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from numpy.lib import format as npy_format
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from megatron_hyperp.data.corpus import PrefixInfo, check_prefix, check_vocabulary
+from megatron_hyperp.data.indexed import PrefixInfo, check_prefix, check_vocabulary
 from megatron_hyperp.data.tokenizer import Tokenizer
 from megatron_hyperp.errors import UsageError
 

@@ -148,8 +148,9 @@ class SphereOptimizer(torch.optim.Optimizer):
             group["steps_taken"] = group.get("steps_taken", 0) + 1
             for indices in _families(group["params"]):
                 family = [group["params"][index] for index in indices]
-                weights = torch.stack([parameter.detach().float() for parameter in family])
-                gradients = torch.stack([parameter.grad.float() for parameter in family])  # type: ignore[union-attr]
+                dtype = torch.promote_types(family[0].dtype, torch.float32)
+                weights = torch.stack([parameter.detach() for parameter in family]).to(dtype)
+                gradients = torch.stack([parameter.grad for parameter in family]).to(dtype)
                 radii = torch.tensor([group["radii"][index] for index in indices], dtype=torch.float64)
                 directions = self.directions(family, gradients, group)
                 products = inner_products(weights, directions)
@@ -159,11 +160,20 @@ class SphereOptimizer(torch.optim.Optimizer):
                     parameter.copy_(weight)
         return loss
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict; state keeps its precision (torch casts it to that of the parameters)."""
+        super().load_state_dict(state_dict)
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        for index, values in state_dict["state"].items():
+            parameter = parameters[index]
+            self.state[parameter] = {name: value.to(parameter.device, copy=True) for name, value in values.items()}
+
     def stacked_state(self, family: Sequence[torch.Tensor], name: str) -> torch.Tensor:
-        """Return the fp32 state ``name`` of a family as one [count, rows, columns] tensor, zeros at first."""
+        """Return the state ``name`` of a family, at least fp32, as [count, rows, columns]; zeros at first."""
+        dtype = torch.promote_types(family[0].dtype, torch.float32)
         for parameter in family:
             if name not in self.state[parameter]:
-                self.state[parameter][name] = torch.zeros_like(parameter, dtype=torch.float32)
+                self.state[parameter][name] = torch.zeros_like(parameter, dtype=dtype)
         return torch.stack([self.state[parameter][name] for parameter in family])
 
     def keep_state(self, family: Sequence[torch.Tensor], name: str, stacked: torch.Tensor) -> None:

@@ -110,6 +110,14 @@ def check_compatible(folder: Path, config: Config) -> None:
     from megatron_hyperp.optim.routing import RULES
 
     saved = arguments.load_yaml(folder / CONFIG_FILE)
+    # First: another recipe also changes multipliers, which below would look like another architecture.
+    there, here = saved.optimizer.optimizer, config.optimizer.optimizer
+    if RULES[there] != RULES[here]:
+        raise UsageError(
+            f"the checkpoint {folder} has the optimizer state of {there}, which {here} cannot take over;"
+            f" give --optimizer {there}, or start anew",
+            same_on_all_ranks=True,
+        )
     differing = [
         f"{name} is {getattr(saved.model, name)} there, {getattr(config.model, name)} here"
         for name in ARCHITECTURE
@@ -119,13 +127,6 @@ def check_compatible(folder: Path, config: Config) -> None:
         raise UsageError(
             f"the checkpoint {folder} has another architecture: {'; '.join(differing)}; give its values, or start anew"
             " with another --save and no --load",
-            same_on_all_ranks=True,
-        )
-    there, here = saved.optimizer.optimizer, config.optimizer.optimizer
-    if RULES[there] != RULES[here]:
-        raise UsageError(
-            f"the checkpoint {folder} has the optimizer state of {there}, which {here} cannot take over;"
-            f" give --optimizer {there}, or start anew",
             same_on_all_ranks=True,
         )
 

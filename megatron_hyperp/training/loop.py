@@ -14,7 +14,7 @@ import torch.distributed as dist
 from megatron_hyperp import device, estimate
 from megatron_hyperp.config import Config, data_parallel_size
 from megatron_hyperp.data import loader
-from megatron_hyperp.data.corpus import check_prefix, check_vocabulary
+from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training import checkpointing
@@ -102,6 +102,8 @@ def initialize_megatron(config: Config) -> None:
         parallel.pipeline_model_parallel_size,
         virtual if virtual > 1 else None,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        # Gloo twins of the NCCL groups, for CPU tensors: nothing here sends any.
+        create_gloo_process_groups=False,
     )
     torch.manual_seed(config.training.seed)
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)

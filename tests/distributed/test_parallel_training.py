@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,7 @@ def train_all(prefix: str, folder: str, layouts: dict[str, dict[str, Any]], port
     for name, overrides in layouts.items():
         os.environ["MASTER_PORT"] = str(ports[name])
         pretrain(toy_config(prefix, Path(folder) / name, **overrides), world_size=int(os.environ["WORLD_SIZE"]))
+        gc.collect()  # process groups live on in the cycles of a dropped model, with their threads and sockets
 
 
 @pytest.fixture(scope="module")

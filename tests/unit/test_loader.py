@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_hyperp.data.corpus import Document, write_corpus
+from megatron_hyperp.data.corpus import Document
+from megatron_hyperp.data.indexed import write_corpus
 from megatron_hyperp.data.loader import Batch, Datasets, SampleDataset, batches, build_datasets, parse_blend
 from megatron_hyperp.data.tokenizer import NullTokenizer
 from megatron_hyperp.errors import UsageError

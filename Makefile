@@ -1,0 +1,27 @@
+# make test    set up and run the tests          make check       lint, types and tests, as CI does
+# make lint    ruff and mypy                      make test-slow   the tests that CI has no time for
+VENV ?= .venv
+PYTHON ?= python3
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: setup lint test test-slow check
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+test: setup
+	$(VENV)/bin/python -m pytest
+
+test-slow: setup
+	$(VENV)/bin/python -m pytest -m slow
+
+check: lint test

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# Set up, then pretrain a small HyperP model on text that is on this machine, with two tensor-parallel ranks:
+# install into .venv, train a tokenizer, make a corpus, train half way, resume, draw the run.
+# Further arguments go to the training, for example: bash examples/quickstart.sh --optimizer adamw
+set -euo pipefail
+cd "$(dirname "$0")/.."
+run=runs/quickstart
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+started=$SECONDS
+step() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - started)); }
+
+step "1/5 install into .venv"
+make --no-print-directory setup
+python=.venv/bin/python
+
+if [ -e "$run" ]; then
+  old="$run-$(date -r "$run" +%Y%m%d-%H%M%S)"
+  mv "$run" "$old"
+  echo "kept the earlier run as $old"
+fi
+mkdir -p "$run/data"
+
+step "2/5 tokenizer and corpus: source and documentation of the installed Python"
+$python tools/train_tokenizer.py --python-corpus --max-bytes 20MB --vocab-size 2048 --output "$run/data/tokenizer"
+$python tools/preprocess_data.py --python-corpus --max-bytes 20MB --tokenizer "$run/data/tokenizer.model" \
+  --output-prefix "$run/data/python" --workers 2
+
+train() {
+  .venv/bin/torchrun --standalone --nproc-per-node 2 examples/pretrain_gpt.py \
+    --config examples/configs/quickstart.yaml --tensor-model-parallel-size 2 \
+    --data-path "$run/data/python" --tokenizer-model "$run/data/tokenizer.model" \
+    --run-dir "$run" --save "$run/checkpoints" --load "$run/checkpoints" "$@"
+}
+step "3/5 train to iteration 150 and stop"
+train --exit-interval 150 "$@"
+step "4/5 resume from the checkpoint and finish"
+train "$@"
+
+step "5/5 draw the run"
+$python tools/report.py "$run"
+
+cat <<END
+
+Done in $((SECONDS - started)) s. In $run:
+  report.png     loss, learning rate, gradient norm, radius drift     metrics.jsonl  the same as numbers
+  config.yaml    every setting, as resolved                           checkpoints/   any TP and PP can load them
+Next:
+  a baseline     bash examples/quickstart.sh --optimizer adamw
+  your text      .venv/bin/python tools/preprocess_data.py --help
+  the paper      .venv/bin/python examples/pretrain_gpt.py --help    (--depth 8 is its base model)
+END

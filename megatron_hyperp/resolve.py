@@ -1,0 +1,268 @@
+"""Complete and check a config: what follows from other fields, and what cannot run together.
+
+All of it happens before any process group exists, and alike on every rank.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from typing import Any
+
+from megatron_hyperp import estimate, transfer
+from megatron_hyperp.config import (
+    RANGES,
+    Config,
+    ModelConfig,
+    TrainingConfig,
+    data_parallel_size,
+    flag_name,
+    width_multiplier,
+)
+from megatron_hyperp.errors import UsageError
+
+
+def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -> Config:
+    """Return a complete, checked copy; see :meth:`megatron_hyperp.config.Config.resolve`."""
+    config = copy.deepcopy(config)
+    try:
+        _check_ranges(config)
+        _resolve_architecture(config.model, tokenizer_vocab_size)
+        _check_parallelism(config, world_size)
+        _resolve_duration(config)
+        _resolve_scaling(config)
+        _resolve_schedule(config)
+    except UsageError as error:
+        error.same_on_all_ranks = True
+        raise
+    return config
+
+
+def _check_ranges(config: Config) -> None:
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for item in dataclasses.fields(values):
+            value = getattr(values, item.name)
+            if value is None or isinstance(value, (bool, str, list)):
+                continue
+            flag = flag_name(item.name)
+            allowed = item.metadata["allowed"]
+            if not math.isfinite(value):
+                raise UsageError(f"{flag} is {value}; it must be a finite number {allowed}")
+            if not RANGES[allowed](value):
+                raise UsageError(f"{flag} is {value:g}; it must be {allowed}")
+
+
+def _fill(section: Any, **defaults: int) -> None:
+    """Set those of the fields that are still 0."""
+    for name, value in defaults.items():
+        if not getattr(section, name):
+            setattr(section, name, value)
+
+
+def _fill_from_depth(model: ModelConfig, depth: int) -> None:
+    """Set the sizes that are still 0 to the paper's."""
+    _fill(model, num_layers=depth, hidden_size=model.aspect_ratio * depth, num_attention_heads=2 * depth)
+    _fill(model, kv_channels=model.aspect_ratio, num_query_groups=math.gcd(4, model.num_attention_heads))
+    _fill(model, ffn_hidden_size=4 * model.hidden_size)
+
+
+def _resolve_architecture(model: ModelConfig, tokenizer_vocab_size: int | None) -> None:
+    if model.depth is not None:
+        _fill_from_depth(model, model.depth)
+    for name in ("num_layers", "hidden_size", "num_attention_heads"):
+        if not getattr(model, name):
+            raise UsageError(f"the architecture lacks {flag_name(name)}; give it, or --depth for the paper's shape")
+    heads = model.num_attention_heads
+    if not model.kv_channels and model.hidden_size % heads:
+        raise UsageError(
+            f"--hidden-size {model.hidden_size} is not divisible by --num-attention-heads {heads};"
+            f" the nearest that are: {_multiples(model.hidden_size, heads)} (or give --kv-channels)"
+        )
+    _fill(model, ffn_hidden_size=4 * model.hidden_size, kv_channels=model.hidden_size // heads, num_query_groups=heads)
+    if heads % model.num_query_groups:
+        raise UsageError(
+            f"--num-query-groups {model.num_query_groups} does not divide --num-attention-heads {heads};"
+            f" those that do: {_divisors(heads)}"
+        )
+    if model.kv_channels % 2:
+        raise UsageError(
+            f"--kv-channels is {model.kv_channels}, but rotary embeddings need an even head size,"
+            f" {model.kv_channels + 1}, say"
+        )
+    _resolve_vocabulary(model, tokenizer_vocab_size)
+    if model.embedding_init_std is None:
+        model.embedding_init_std = 1e-4 if model.untie_embeddings_and_output_weights else 0.02
+    if model.softmax_scale is None:
+        model.softmax_scale = transfer.softmax_scale(model.kv_channels)
+
+
+def _resolve_vocabulary(model: ModelConfig, tokenizer_vocab_size: int | None) -> None:
+    if not model.vocab_size:
+        if tokenizer_vocab_size is None:
+            raise UsageError("the size of the vocabulary is not known; give --tokenizer-model or --vocab-size")
+        multiple = model.make_vocab_size_divisible_by
+        model.vocab_size = math.ceil(tokenizer_vocab_size / multiple) * multiple
+    elif tokenizer_vocab_size is not None and tokenizer_vocab_size > model.vocab_size:
+        raise UsageError(
+            f"the tokenizer knows {tokenizer_vocab_size} tokens, more than --vocab-size {model.vocab_size};"
+            " raise it, or leave it out to take the tokenizer's"
+        )
+
+
+def _check_parallelism(config: Config, world_size: int) -> None:
+    model, parallel = config.model, config.parallel
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if world_size % (tp * pp):
+        raise UsageError(
+            f"{world_size} rank(s) cannot hold tensor x pipeline parallelism {tp} x {pp} = {tp * pp}; start a"
+            f" multiple of {tp * pp} ranks, or lower --tensor-model-parallel-size or --pipeline-model-parallel-size"
+        )
+    split_by_tp = ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "vocab_size")
+    for name in split_by_tp:
+        if getattr(model, name) % tp:
+            fitting = math.gcd(*(getattr(model, name) for name in split_by_tp))
+            raise UsageError(
+                f"--tensor-model-parallel-size {tp} does not divide {flag_name(name)} {getattr(model, name)};"
+                f" sizes that fit this model: {_divisors(fitting)}"
+            )
+    if parallel.sequence_parallel and tp == 1:
+        raise UsageError("--sequence-parallel needs --tensor-model-parallel-size above 1; leave it out, or raise that")
+    if parallel.sequence_parallel and model.seq_length % tp:
+        raise UsageError(
+            f"--sequence-parallel needs a --seq-length that --tensor-model-parallel-size {tp} divides,"
+            f" not {model.seq_length}; the nearest: {_multiples(model.seq_length, tp)}"
+        )
+    _check_pipeline(config)
+    _check_batch(config, world_size)
+
+
+def _check_pipeline(config: Config) -> None:
+    model, parallel = config.model, config.parallel
+    pp, virtual = parallel.pipeline_model_parallel_size, parallel.num_virtual_stages_per_pipeline_rank
+    if virtual > 1 and pp == 1:
+        raise UsageError(
+            f"--num-virtual-stages-per-pipeline-rank {virtual} needs --pipeline-model-parallel-size above 1;"
+            " leave it out, or raise that"
+        )
+    if model.num_layers % (pp * virtual):
+        flag = "--depth" if model.depth == model.num_layers else "--num-layers"
+        raise UsageError(
+            f"{flag} {model.num_layers} is not divisible by --pipeline-model-parallel-size x"
+            f" --num-virtual-stages-per-pipeline-rank = {pp * virtual}; the nearest that are:"
+            f" {_multiples(model.num_layers, pp * virtual)}"
+        )
+    if config.training.recompute_granularity == "full":
+        _check_recompute(config.training, layers=model.num_layers // (pp * virtual))
+
+
+def _check_recompute(training: TrainingConfig, layers: int) -> None:
+    """Megatron-Core would run past the end of a pipeline chunk of so many layers."""
+    number = training.recompute_num_layers
+    if training.recompute_method == "uniform" and layers % number:
+        raise UsageError(
+            f"--recompute-num-layers {number} does not divide the {layers} layers of a pipeline chunk;"
+            f" those that do: {_divisors(layers)}"
+        )
+    if number > layers:
+        raise UsageError(
+            f"--recompute-num-layers {number} is more than the layers of a pipeline chunk; give {layers} at most"
+        )
+
+
+def _check_batch(config: Config, world_size: int) -> None:
+    training, parallel = config.training, config.parallel
+    _fill(training, global_batch_size=max(1, config.transfer.base_batch_tokens // config.model.seq_length))
+    size, share = training.global_batch_size, training.micro_batch_size * data_parallel_size(config, world_size)
+    if size % share:
+        raise UsageError(
+            f"--global-batch-size {size} is not divisible by --micro-batch-size x data-parallel ranks = {share};"
+            f" the nearest that are: {_multiples(size, share)}"
+        )
+    micro_batches, pp = size // share, parallel.pipeline_model_parallel_size
+    if parallel.num_virtual_stages_per_pipeline_rank > 1 and micro_batches % pp:
+        raise UsageError(
+            f"--global-batch-size {size} makes {micro_batches} micro-batches, a number that the interleaved schedule"
+            f" needs --pipeline-model-parallel-size {pp} to divide; the nearest: {_multiples(size, share * pp)}"
+        )
+
+
+def _multiples(number: int, divisor: int) -> str:
+    """The multiples of ``divisor`` on both sides of a number that is none."""
+    below = number // divisor * divisor
+    return " and ".join(str(multiple) for multiple in (below, below + divisor) if multiple)
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
+
+
+def _resolve_duration(config: Config) -> None:
+    training, batch = config.training, config.batch_tokens
+    if training.train_tokens:
+        iterations = math.ceil(training.train_tokens / batch)
+        _fill(training, train_iters=iterations)
+        if training.train_iters != iterations:
+            raise UsageError(
+                f"--train-iters {training.train_iters} and --train-tokens {training.train_tokens:g} contradict each"
+                f" other: at {batch} tokens per batch the tokens take {iterations} iterations; give one"
+            )
+    elif training.train_iters:
+        training.train_tokens = float(training.train_iters * batch)
+    else:
+        training.train_tokens = float(_token_budget(config))
+        training.train_iters = math.ceil(training.train_tokens / batch)
+
+
+def _token_budget(config: Config) -> int:
+    """T(d), the base model being the one that --depth makes of the base depth."""
+    model = config.model
+    if model.depth is None:
+        raise UsageError("how long to train is not known; give --train-iters or --train-tokens (--depth derives them)")
+    base = ModelConfig(
+        aspect_ratio=model.aspect_ratio,
+        vocab_size=model.vocab_size,
+        untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights,
+    )
+    _fill_from_depth(base, config.transfer.base_depth)
+    parameters, base_parameters = estimate.parameter_count(model), estimate.parameter_count(base)
+    return transfer.token_budget(parameters, base_parameters, config.transfer.base_tokens)
+
+
+def _resolve_scaling(config: Config) -> None:
+    model, optimizer, recipe = config.model, config.optimizer, config.recipe
+    if model.residual_multiplier is None:
+        model.residual_multiplier = transfer.residual_multiplier(recipe, model.num_layers)
+    if config.transfer.base_hidden_size is None:
+        config.transfer.base_hidden_size = model.aspect_ratio * config.transfer.base_depth
+    if model.logits_multiplier is None:
+        model.logits_multiplier = width_multiplier(config)
+    if optimizer.weight_decay is None:
+        optimizer.weight_decay = transfer.weight_decay(
+            recipe,
+            base_weight_decay=recipe.weight_decay,
+            depth=model.num_layers,
+            base_depth=config.transfer.base_depth,
+        )
+
+
+def _resolve_schedule(config: Config) -> None:
+    optimizer, iterations, peak = config.optimizer, config.training.train_iters, config.learning_rate().value
+    if optimizer.min_lr is None:
+        optimizer.min_lr = 0.1 * peak
+    if optimizer.min_lr > peak:
+        raise UsageError(f"--min-lr {optimizer.min_lr:g} is above the peak learning rate {peak:g}; lower it")
+    after_warmup = iterations - optimizer.lr_warmup_iters
+    if after_warmup < 1:
+        raise UsageError(
+            f"--lr-warmup-iters {optimizer.lr_warmup_iters} leaves none of the {iterations} iterations;"
+            f" give {iterations - 1} at most"
+        )
+    if optimizer.lr_wsd_decay_iters is None:
+        optimizer.lr_wsd_decay_iters = min(max(1, iterations // 5), after_warmup)
+    if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters > after_warmup:
+        raise UsageError(
+            f"--lr-wsd-decay-iters {optimizer.lr_wsd_decay_iters} is more than the iterations after warm-up;"
+            f" give {after_warmup} at most"
+        )

@@ -1,0 +1,185 @@
+"""What every layout must agree on before the first step, and what a step does with bad gradients."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tolerances
+from tests.run_distributed import free_port, run_distributed
+from tests.toy import toy_config, write_corpus
+
+TP2 = {"tensor_model_parallel_size": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "untied": {},
+    "tied": {"untie_embeddings_and_output_weights": False},
+    "one group, wide head": {"num_query_groups": 2, "kv_channels": 32, "qk_layernorm": False},
+    "bf16": {"bf16": True},
+}
+LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
+    1: {"one": {}},
+    2: {
+        "tp2": TP2,
+        "pp2": {"pipeline_model_parallel_size": 2},
+        "vpp2": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
+    },
+}
+
+
+def build_all(prefix: str, folder: str, world_size: int, ports: list[int]) -> dict[tuple[str, str], Any]:
+    """Return, by model and layout, this rank's initial weights and masters with how they are split."""
+    from megatron_hyperp import device
+    from megatron_hyperp.parameters import named_parameters, partition_dim
+    from megatron_hyperp.training.loop import Trainer, check
+
+    results = {}
+    for model, model_fields in MODELS.items():
+        for layout, layout_fields in LAYOUTS[world_size].items():
+            os.environ["MASTER_PORT"] = str(ports.pop())
+            config, tokenizer, _ = check(toy_config(prefix, Path(folder), **model_fields, **layout_fields), world_size)
+            device.adapt_megatron()
+            device.init_process_group(1)
+            trainer = Trainer(config, tokenizer, None)
+            weights = {
+                name: (parameter.detach().clone(), partition_dim(parameter))
+                for chunk in trainer.chunks
+                for name, parameter in named_parameters(chunk)
+            }
+            spheres = {
+                entry.name: (family.master[index].clone(), entry.partition_dim, entry.radius)
+                for family in trainer.optimizer.families
+                for index, entry in enumerate(family.routes)
+                if entry.radius is not None
+            }
+            results[model, layout] = (weights, spheres)
+            trainer.close()
+            del trainer
+            gc.collect()  # process groups live on in the cycles of a dropped model, with their threads and sockets
+    return results
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[tuple[str, str], Any]]]:
+    folder = tmp_path_factory.mktemp("built")
+    prefix = write_corpus(folder)
+    ports = [free_port() for _ in range(len(MODELS) * 3)]
+    return {n: run_distributed(build_all, n, prefix, str(folder), n, ports) for n in LAYOUTS}
+
+
+def whole(name: str, parts: list[torch.Tensor], split: int) -> torch.Tensor:
+    """Put the shards of tensor-parallel ranks together; gate and up rows of SwiGLU are sharded each."""
+    if split < 0 or len(parts) == 1:
+        return parts[0]
+    if name.endswith("linear_fc1.weight"):
+        return torch.cat([part.chunk(2)[half] for half in range(2) for part in parts])
+    return torch.cat(parts, dim=split)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS[2])
+def test_initial_weights_are_the_same_bits_for_every_layout(built: Any, model: str, layout: str) -> None:
+    expected, _ = built[1][0][model, "one"]
+    ranks = [result[model, layout][0] for result in built[2]]
+    seen = set()
+    for name in {name for weights in ranks for name in weights}:
+        parts = [weights[name][0] for weights in ranks if name in weights]
+        # The last pipeline stage's copy of tied embeddings.
+        origin = "embedding.word_embeddings.weight" if model == "tied" and name == "output_layer.weight" else name
+        assert torch.equal(whole(name, parts, ranks[0].get(name, ranks[1].get(name))[1]), expected[origin][0]), name
+        seen.add(origin)
+    assert seen == set(expected)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("layout", ["one", *LAYOUTS[2]])
+def test_sphere_matrices_start_on_their_spheres(built: Any, model: str, layout: str) -> None:
+    ranks = [result[model, layout][1] for result in built[1 if layout == "one" else 2]]
+    names = {name for spheres in ranks for name in spheres}
+    assert len(names) == 4 * 4 + (0 if model == "tied" else 1)
+    for name in names:
+        entries = [spheres[name] for spheres in ranks if name in spheres]
+        matrix, radius = whole(name, [entry[0] for entry in entries], entries[0][1]), entries[0][2]
+        norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+        assert norm / radius == pytest.approx(1.0, abs=tolerances.RADIUS_DRIFT), name
+
+
+def step_with_bad_gradients(prefix: str, folder: str, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Plant a NaN on the last rank alone, then an Inf, then step cleanly."""
+    from megatron_hyperp import device
+    from megatron_hyperp.training.loop import Trainer, check
+
+    world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    config, tokenizer, _ = check(toy_config(prefix, Path(folder), **overrides), world_size)
+    device.adapt_megatron()
+    device.init_process_group(1)
+    trainer = Trainer(config, tokenizer, None)
+    batches = trainer._batches(trainer.train_set, 0)
+    taken = []
+    for bad in (float("nan"), float("inf"), None):
+        before = [family.master.clone() for family in trainer.optimizer.families]
+        states = [value.clone() for family in trainer.optimizer.families for value in family.state.values()]
+        trainer._forward_backward(batches, forward_only=False)
+        if bad is not None and rank == world_size - 1:
+            trainer.optimizer.families[-1].routes[0].parameter.main_grad.view(-1)[0] = bad
+        success, _, _ = trainer.optimizer.step()
+        after = [family.master for family in trainer.optimizer.families]
+        states_after = [value for family in trainer.optimizer.families for value in family.state.values()]
+        unchanged = all(torch.equal(a, b) for a, b in zip(before + states, after + states_after, strict=True))
+        taken.append((success, unchanged))
+    counters = trainer.optimizer.state_dict()
+    trainer.close()
+    return {"taken": taken, "counters": counters}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_non_finite_gradient_skips_the_step_on_every_rank(tmp_path: Path, world_size: int) -> None:
+    layout = TP2 if world_size == 2 else {}
+    for result in run_distributed(step_with_bad_gradients, world_size, write_corpus(tmp_path), str(tmp_path), layout):
+        assert result["taken"] == [(False, True), (False, True), (True, False)]
+        assert result["counters"] == {"steps_taken": 1, "steps_skipped": 2}
+
+
+def sharded_newton_schulz() -> list[tuple[str, float]]:
+    """Compare sharded with whole matrices for every case; return each one's relative difference."""
+    import torch.distributed as dist
+
+    from megatron_hyperp.optim import newton_schulz
+    from megatron_hyperp.optim.tensor_parallel import STRATEGIES, orthogonalize_sharded
+
+    dist.init_process_group("gloo")
+    group, rank, ranks = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    assert group is not None
+    results = []
+    for strategy in STRATEGIES:
+        for shape in ((64, 32), (32, 64), (32, 32), (8, 4)):
+            for split in (0, 1, -1):
+                for count in (0, 1, 3, 8):
+                    random = torch.Generator().manual_seed(count)
+                    matrices = [torch.randn(shape, generator=random) for _ in range(count)]
+                    shards = [m if split < 0 else m.chunk(ranks, dim=split)[rank] for m in matrices]
+                    parts = orthogonalize_sharded(shards, group=group, partition_dim=split, strategy=strategy)
+                    assert len(parts) == count
+                    for part, matrix in zip(parts, matrices, strict=True):
+                        expected = newton_schulz(matrix, dtype=torch.float32)
+                        expected = expected if split < 0 else expected.chunk(ranks, dim=split)[rank]
+                        difference = float((part - expected).norm() / expected.norm())
+                        results.append((f"{strategy} {shape} split {split} count {count}", difference))
+    for bad, words in (({"partition_dim": 2}, "partition_dim is 2"), ({"strategy": "magic"}, "strategy is 'magic'")):
+        with pytest.raises(ValueError, match=words):
+            orthogonalize_sharded([torch.ones(2, 2)], **{"group": group, "partition_dim": 0, **bad})
+    with pytest.raises(ValueError, match="one shape"):
+        orthogonalize_sharded([torch.ones(2, 2), torch.ones(2, 4)], group=group, partition_dim=0)
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_sharded_newton_schulz_equals_one_rank(world_size: int) -> None:
+    for results in run_distributed(sharded_newton_schulz, world_size):
+        assert len(results) == 4 * 3 * (1 + 3 + 8)
+        for case, difference in results:
+            assert difference < tolerances.SHARDED_NEWTON_SCHULZ, case

@@ -1,0 +1,381 @@
+"""What a config resolves to, and every refusal: the flag it names and the way out."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import math
+import re
+import traceback
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from megatron_hyperp import arguments, config
+from megatron_hyperp import resolve as resolve_module
+from megatron_hyperp.config import Config, data_parallel_size, width_multiplier
+from megatron_hyperp.errors import UsageError
+
+SMALL = (
+    "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --vocab-size 64 --seq-length 16"
+    " --global-batch-size 8 --train-iters 20"
+)
+PAPER = "--depth 12 --vocab-size 32000"
+
+
+def parse(flags: str) -> Config:
+    return arguments.parse(flags.split(), description="")
+
+
+def resolve(flags: str, world_size: int = 1, tokenizer_vocab_size: int | None = None) -> Config:
+    return parse(flags).resolve(world_size=world_size, tokenizer_vocab_size=tokenizer_vocab_size)
+
+
+def sizes(resolved: Config) -> dict[str, int]:
+    names = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels"
+    return {name: getattr(resolved.model, name) for name in names.split()}
+
+
+# Resolution
+
+PAPER_SIZES = {
+    "num_layers": 12,
+    "hidden_size": 1536,
+    "ffn_hidden_size": 6144,
+    "num_attention_heads": 24,
+    "num_query_groups": 4,
+    "kv_channels": 128,
+}
+
+
+def test_depth_derives_the_papers_architecture() -> None:
+    resolved = resolve(PAPER)
+    assert sizes(resolved) == PAPER_SIZES
+    assert resolved.model.softmax_scale == pytest.approx(1 / math.sqrt(128))
+    assert resolved.model.residual_multiplier == pytest.approx(1 / math.sqrt(24))
+    assert resolved.model.embedding_init_std == 1e-4
+    assert resolved.training.global_batch_size == 2**21 // 4096
+    assert resolved.transfer.base_hidden_size == 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "followers"),
+    [
+        ("num_layers", 6, {}),
+        ("hidden_size", 1024, {"ffn_hidden_size": 4096}),
+        ("ffn_hidden_size", 2048, {}),
+        ("num_attention_heads", 6, {"num_query_groups": 2}),
+        ("num_query_groups", 8, {}),
+        ("kv_channels", 64, {}),
+        ("aspect_ratio", 64, {"hidden_size": 768, "ffn_hidden_size": 3072, "kv_channels": 64}),
+    ],
+)
+def test_an_explicit_size_overrides_its_part_of_depth(name: str, value: int, followers: dict[str, int]) -> None:
+    resolved = resolve(f"{PAPER} {config.flag_name(name)} {value}")
+    own = {} if name == "aspect_ratio" else {name: value}
+    assert sizes(resolved) == PAPER_SIZES | own | followers
+
+
+def test_sizes_without_depth_have_megatrons_defaults() -> None:
+    flags = "--num-layers 3 --hidden-size 96 --num-attention-heads 6 --vocab-size 100 --train-iters 5"
+    assert sizes(resolve(flags)) == {
+        "num_layers": 3,
+        "hidden_size": 96,
+        "ffn_hidden_size": 384,
+        "num_attention_heads": 6,
+        "num_query_groups": 6,
+        "kv_channels": 16,
+    }
+
+
+def test_a_shallow_model_has_no_more_groups_than_heads() -> None:
+    assert resolve("--depth 1 --vocab-size 64").model.num_query_groups == 2
+
+
+def test_token_budget_uses_the_base_model_of_the_same_family() -> None:
+    base = resolve("--depth 2 --base-depth 2 --base-tokens 1e6 --aspect-ratio 33 --kv-channels 32 --vocab-size 64")
+    assert base.training.train_tokens == pytest.approx(1e6, rel=0.1)  # its head size alone differs
+    tied = resolve(f"{PAPER} --no-untie-embeddings-and-output-weights")
+    assert tied.training.train_tokens > resolve(PAPER).training.train_tokens
+    assert tied.model.embedding_init_std == 0.02
+
+
+def test_vocabulary_is_the_tokenizers_padded() -> None:
+    flags = SMALL.replace(" --vocab-size 64", "")
+    assert resolve(flags, tokenizer_vocab_size=1000).model.vocab_size == 1024
+    assert resolve(f"{flags} --make-vocab-size-divisible-by 10", tokenizer_vocab_size=1000).model.vocab_size == 1000
+    assert resolve(SMALL, tokenizer_vocab_size=60).model.vocab_size == 64
+
+
+def test_duration_follows_from_iterations_or_tokens() -> None:
+    assert resolve(SMALL).training.train_tokens == 20 * 8 * 16
+    by_tokens = SMALL.replace("--train-iters 20", "--train-tokens 1000")
+    assert resolve(by_tokens).training.train_iters == 8
+    assert resolve(by_tokens).training.train_tokens == 1000
+    assert resolve(f"{by_tokens} --train-iters 8").training.train_iters == 8
+    assert resolve(f"{PAPER} --train-iters 10").training.train_tokens == 10 * 2**21
+
+
+def test_schedule_defaults() -> None:
+    optimizer = resolve(f"{SMALL} --lr 0.05").optimizer
+    assert (optimizer.min_lr, optimizer.lr_wsd_decay_iters) == (pytest.approx(0.005), 4)
+    # The default decay of WSD never asks for more than the warm-up leaves.
+    assert resolve(f"{SMALL} --lr-decay-style WSD --lr-warmup-iters 18").optimizer.lr_wsd_decay_iters == 2
+    assert resolve(f"{SMALL} --min-lr 0").optimizer.min_lr == 0
+
+
+def test_learning_rate_follows_the_config() -> None:
+    flags = f"{SMALL} --eta0 0.04 --base-depth 16 --base-tokens 10240 --base-batch-tokens 32 --token-exponent 0.5"
+    factors = [factor for _, _, factor in resolve(flags).learning_rate().factors]
+    assert factors == pytest.approx([2.0, 2.0, 2.0])
+    assert resolve(flags).learning_rate().value == pytest.approx(0.32)
+    explicit = resolve(f"{flags} --lr 0.7").learning_rate()
+    assert (explicit.value, explicit.factors) == (0.7, ())
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "width", "decay", "residual"),
+    [
+        ("hyperp", 1.0, 0.0, 1 / math.sqrt(24)),
+        ("muonh", 1.0, 0.0, 1.0),
+        ("muon", 1.0, 0.1 * 8 / 12, 1 / math.sqrt(24)),
+        ("adamw", 1024 / 1536, 0.1, 1.0),
+    ],
+)
+def test_recipes_scale_the_model(optimizer: str, width: float, decay: float, residual: float) -> None:
+    resolved = resolve(f"{PAPER} --optimizer {optimizer}")
+    assert width_multiplier(resolved) == pytest.approx(width)  # of the matrices
+    assert resolved.model.logits_multiplier == pytest.approx(width)
+    assert resolved.optimizer.weight_decay == pytest.approx(decay)
+    assert resolved.model.residual_multiplier == pytest.approx(residual)
+
+
+def test_explicit_scaling_beats_the_recipe() -> None:
+    flags = "--optimizer muon --weight-decay 0.3 --residual-multiplier 0.5 --logits-multiplier 2 --softmax-scale 1"
+    resolved = resolve(f"{PAPER} {flags} --base-hidden-size 7 --embedding-init-std 0.1")
+    assert resolved.optimizer.weight_decay == 0.3
+    model = resolved.model
+    assert (model.residual_multiplier, model.logits_multiplier, model.softmax_scale) == (0.5, 2.0, 1.0)
+    assert (model.embedding_init_std, resolved.transfer.base_hidden_size) == (0.1, 7)
+
+
+def test_resolving_leaves_the_original_alone() -> None:
+    original = parse(SMALL)
+    original.resolve()
+    assert original == parse(SMALL)
+
+
+def test_data_parallel_size_is_what_is_left() -> None:
+    flags = f"{SMALL} --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2"
+    assert data_parallel_size(resolve(flags, world_size=8), 8) == 2
+
+
+RESOLVABLE = [
+    SMALL,
+    f"{SMALL} --lr 0.05 --lr-decay-style WSD --lr-warmup-iters 3",
+    f"{SMALL} --optimizer adamw --weight-decay 0.2 --min-lr 0",
+    PAPER,
+    f"{PAPER} --optimizer muon --train-tokens 1.234e9 --seed 4294967295",
+    f"{PAPER} --lr 1e-3 --hidden-size 1024 --no-untie-embeddings-and-output-weights --data-path 0.5 a 0.5 12",
+]
+
+
+@pytest.mark.parametrize("flags", RESOLVABLE)
+def test_a_resolved_config_resolves_to_itself(flags: str, tmp_path: Path) -> None:
+    resolved = resolve(flags)
+    path = tmp_path / "config.yaml"
+    path.write_text(arguments.to_yaml(resolved))
+    again = arguments.load_yaml(path).resolve()
+    assert again == resolved
+    assert again.learning_rate() == resolved.learning_rate()
+    assert arguments.to_yaml(again) == arguments.to_yaml(resolved)
+
+
+# Fields
+
+
+def test_every_field_is_documented_and_named_once() -> None:
+    fields = [item for kind in arguments.section_types().values() for item in dataclasses.fields(kind)]
+    names = [item.name for item in fields]
+    assert len(set(names)) == len(names)
+    for item in fields:
+        assert item.metadata["help"], item.name
+
+
+def test_lists_are_not_shared() -> None:
+    Config().data.data_path.append("a")
+    assert Config().data.data_path == []
+
+
+def test_every_default_is_in_range() -> None:
+    resolve_module._check_ranges(Config())
+
+
+# Refusals
+
+
+class Refusal(NamedTuple):
+    """Flags that cannot run, and what the message says: the flags it names, then the way out."""
+
+    flags: str
+    names: str
+    mends: str
+    options: dict[str, int] | None = None
+
+
+TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
+TWO = {"world_size": 2}
+WITHOUT_VOCABULARY = SMALL.replace(" --vocab-size 64", "")
+
+REFUSALS = [
+    # Ranges
+    Refusal(f"{SMALL} --lr 0", "--lr is 0", "greater than 0"),
+    Refusal(f"{SMALL} --lr=-1", "--lr is -1", "greater than 0"),
+    Refusal(f"{SMALL} --lr nan", "--lr is nan", "a finite number greater than 0"),
+    Refusal(f"{SMALL} --train-tokens inf", "--train-tokens is inf", "a finite number at least 0"),
+    Refusal(f"{SMALL} --depth 0", "--depth is 0", "greater than 0"),
+    Refusal(f"{SMALL} --micro-batch-size 0", "--micro-batch-size is 0", "greater than 0"),
+    Refusal(f"{SMALL} --weight-decay=-0.1", "--weight-decay is -0.1", "at least 0"),
+    Refusal(f"{SMALL} --hidden-size -64", "--hidden-size is -64", "at least 0"),
+    Refusal(f"{SMALL} --muon-momentum 1", "--muon-momentum is 1", "at least 0 and below 1"),
+    Refusal(f"{SMALL} --adam-beta1 1.5", "--adam-beta1 is 1.5", "at least 0 and below 1"),
+    Refusal(f"{SMALL} --adam-beta2=-0.5", "--adam-beta2 is -0.5", "at least 0 and below 1"),
+    Refusal(f"{SMALL} --seed 4294967296", "--seed is 4.29", r"from 0 to 2\^32 - 1"),
+    # Architecture
+    Refusal("--hidden-size 64", "--num-layers", "or --depth"),
+    Refusal("--num-layers 4", "--hidden-size", "or --depth"),
+    Refusal("--num-layers 4 --hidden-size 64", "--num-attention-heads", "or --depth"),
+    Refusal(
+        f"{SMALL} --hidden-size 66",
+        "--hidden-size 66 .*--num-attention-heads 4",
+        r"64 and 68 \(or give --kv-channels\)",
+    ),
+    Refusal(f"{SMALL} --num-query-groups 3", "--num-query-groups 3 .*--num-attention-heads 4", "that do: 1, 2, 4$"),
+    Refusal(f"{SMALL} --kv-channels 15", "--kv-channels is 15", "even head size, 16, say"),
+    Refusal(f"{SMALL} --hidden-size 12", "--kv-channels is 3", "even head size, 4, say"),
+    Refusal(WITHOUT_VOCABULARY, "vocabulary is not known", "give --tokenizer-model or --vocab-size"),
+    Refusal(SMALL, "65 tokens, more than --vocab-size 64", "raise it, or leave it out", {"tokenizer_vocab_size": 65}),
+    # Layout
+    Refusal(
+        f"{SMALL} {TP2}",
+        r"3 rank\(s\) cannot hold .* 2 x 1 = 2;",
+        "a multiple of 2 ranks, or lower --tensor-model-parallel-size",
+        {"world_size": 3},
+    ),
+    Refusal(
+        f"{SMALL} {TP2} {PP2}",
+        r"6 rank\(s\) cannot hold .* 2 x 2 = 4;",
+        "a multiple of 4 ranks, or lower .* or --pipeline-model-parallel-size",
+        {"world_size": 6},
+    ),
+    Refusal(
+        f"{SMALL} --tensor-model-parallel-size 8",
+        "--tensor-model-parallel-size 8 does not divide --num-attention-heads 4",
+        "fit this model: 1, 2$",
+        {"world_size": 8},
+    ),
+    Refusal(
+        f"{SMALL} --tensor-model-parallel-size 4",
+        "--tensor-model-parallel-size 4 does not divide --num-query-groups 2",
+        "fit this model: 1, 2$",
+        {"world_size": 4},
+    ),
+    Refusal(f"{SMALL} {TP2} --ffn-hidden-size 99", f"{TP2} .*--ffn-hidden-size 99", "fit this model: 1$", TWO),
+    Refusal(f"{SMALL} {TP2} --vocab-size 65", f"{TP2} .*--vocab-size 65", "fit this model: 1$", TWO),
+    Refusal(
+        f"{SMALL} --sequence-parallel", "--sequence-parallel", "--tensor-model-parallel-size above 1; leave it out"
+    ),
+    Refusal(
+        f"{SMALL} {TP2} --sequence-parallel --seq-length 15",
+        f"--sequence-parallel .*--seq-length .*{TP2} divides, not 15",
+        "the nearest: 14 and 16$",
+        TWO,
+    ),
+    Refusal(
+        f"{SMALL} --num-virtual-stages-per-pipeline-rank 2",
+        "--num-virtual-stages-per-pipeline-rank 2 needs --pipeline-model-parallel-size above 1",
+        "leave it out, or raise that",
+    ),
+    Refusal(f"{SMALL} {PP2} --num-layers 5", "--num-layers 5 .*--pipeline-model-parallel-size", "4 and 6$", TWO),
+    Refusal(f"--depth 3 --vocab-size 64 {PP2}", "--depth 3 .*--pipeline-model-parallel-size", "2 and 4$", TWO),
+    Refusal(
+        f"{SMALL} {PP2} --num-virtual-stages-per-pipeline-rank 3",
+        "--num-layers 4 .*--pipeline-model-parallel-size x --num-virtual-stages-per-pipeline-rank = 6",
+        "the nearest that are: 6$",
+        TWO,
+    ),
+    Refusal(
+        f"{SMALL} --recompute-granularity full --recompute-num-layers 3",
+        "--recompute-num-layers 3 .*4 layers",
+        "1, 2, 4$",
+    ),
+    Refusal(
+        f"{SMALL} {PP2} --recompute-granularity full --recompute-method block --recompute-num-layers 3",
+        "--recompute-num-layers 3",
+        "give 2 at most",
+        TWO,
+    ),
+    # Batch
+    Refusal(f"{SMALL} --micro-batch-size 3", "--global-batch-size 8 .*--micro-batch-size", "that are: 6 and 9$"),
+    Refusal(f"{SMALL} --micro-batch-size 16", "--global-batch-size 8 .*--micro-batch-size .*16", "that are: 16$"),
+    Refusal(f"{SMALL}", "--global-batch-size 8 .*data-parallel ranks = 3", "that are: 6 and 9$", {"world_size": 3}),
+    Refusal(
+        f"{SMALL} {PP2} --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 9",
+        f"--global-batch-size 9 makes 9 micro-batches.* {PP2}",
+        "the nearest: 8 and 10$",
+        TWO,
+    ),
+    # Duration and schedule
+    Refusal(
+        f"{SMALL} --train-tokens 1000",
+        "--train-iters 20 and --train-tokens 1000 contradict",
+        "the tokens take 8 iterations; give one",
+    ),
+    Refusal(SMALL.replace(" --train-iters 20", ""), "how long", "give --train-iters or --train-tokens"),
+    Refusal(f"{SMALL} --lr 0.1 --min-lr 0.2", "--min-lr 0.2 .*rate 0.1", "lower it"),
+    Refusal(f"{SMALL} --lr-warmup-iters 20", "--lr-warmup-iters 20 .*20 iterations", "give 19 at most"),
+    Refusal(
+        f"{SMALL} --lr-decay-style WSD --lr-warmup-iters 15 --lr-wsd-decay-iters 6",
+        "--lr-wsd-decay-iters 6",
+        "give 5 at most",
+    ),
+]
+
+
+def refused(refusal: Refusal, match: str | None = None) -> UsageError:
+    with pytest.raises(UsageError, match=match) as caught:
+        resolve(refusal.flags, **(refusal.options or {}))
+    return caught.value
+
+
+@pytest.mark.parametrize("refusal", REFUSALS, ids=lambda refusal: refusal.names)
+def test_what_cannot_run_is_refused(refusal: Refusal) -> None:
+    error = refused(refusal, match=f"{refusal.names}.*{refusal.mends}")
+    assert error.same_on_all_ranks
+    assert "\n" not in str(error)
+    known = arguments.build_parser("")._option_string_actions
+    assert set(re.findall(r"--[a-z][a-z0-9-]*", str(error))) <= set(known)
+
+
+def test_every_refusal_has_a_test() -> None:
+    reached = {traceback.extract_tb(refused(refusal).__traceback__)[-1].lineno for refusal in REFUSALS}
+    nodes = ast.walk(ast.parse(inspect.getsource(resolve_module)))
+    assert reached == {node.lineno for node in nodes if isinstance(node, ast.Raise) and node.exc}
+
+
+@pytest.mark.parametrize(
+    ("flags", "world_size"),
+    [
+        (f"{SMALL} {TP2} --sequence-parallel", 2),
+        (f"{SMALL} {PP2} --num-virtual-stages-per-pipeline-rank 2", 4),
+        (f"{SMALL} --recompute-granularity full --recompute-method block --recompute-num-layers 3", 1),
+        (f"{SMALL} --recompute-granularity selective --recompute-num-layers 3", 1),
+        (f"{SMALL} --lr-warmup-iters 19 --lr 0.1 --min-lr 0.1", 1),
+        (f"{SMALL} --lr-decay-style WSD --lr-warmup-iters 15 --lr-wsd-decay-iters 5", 1),
+        (f"{SMALL} --muon-momentum 0 --adam-beta1 0 --weight-decay 0 --clip-grad 0", 8),
+    ],
+)
+def test_what_can_run_is_not_refused(flags: str, world_size: int) -> None:
+    resolve(flags, world_size=world_size)

@@ -1,0 +1,94 @@
+"""The documentation tells the truth: the README's file tree, and every command in the README and in docs/."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_hyperp import arguments
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+TREE_TOPS = ("megatron_hyperp", "examples", "tools")
+
+
+def fences(text: str, language: str) -> list[str]:
+    """Return the contents of the fenced blocks of one language."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.S | re.M)
+    return [content for name, content in blocks if name == language]
+
+
+def tree_in_readme() -> set[str]:
+    """Return the paths of the README's file tree; a folder ends in a slash."""
+    block = next(block for block in fences(README, "") if block.startswith("megatron_hyperp/"))
+    paths: set[str] = set()
+    parents: list[str] = []
+    for line in block.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        parents = [*parents[:depth], name]
+        paths.add("".join(parents))
+    return paths
+
+
+def tree_on_disk() -> set[str]:
+    listed = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *TREE_TOPS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.split()
+    files = {path for path in listed if not path.endswith(("__init__.py", "py.typed")) and (ROOT / path).exists()}
+    folders = {f"{parent}/" for path in files for parent in map(str, Path(path).parents) if parent != "."}
+    return files | folders
+
+
+def test_file_tree() -> None:
+    assert tree_in_readme() - {"tests/"} == tree_on_disk()
+
+
+def commands() -> list[str]:
+    """Return every command of the pages' bash blocks, continued lines joined."""
+    found = []
+    for page in PAGES:
+        for block in fences(page.read_text(), "bash"):
+            joined = block.replace("\\\n", " ")
+            found += [line.strip() for line in joined.splitlines() if line.strip() and not line.startswith("#")]
+    return found
+
+
+@pytest.mark.parametrize("command", commands())
+def test_command(command: str) -> None:
+    """The script exists and knows every flag; a make target exists."""
+    words = command.split()
+    if words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+        return
+    script = next(word for word in words if word.endswith((".py", ".sh")))
+    assert (ROOT / script).is_file()
+    flags = words[words.index(script) + 1 :]
+    if script == "examples/pretrain_gpt.py":
+        arguments.parse(flags, description="")
+    elif script.endswith(".py"):
+        shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+        for flag in (word for word in flags if word.startswith("--")):
+            assert flag in shown.stdout
+
+
+def test_links_inside_the_repository_exist() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_tool_has_help() -> None:
+    for tool in sorted((ROOT / "tools").glob("*.py")):
+        shown = subprocess.run([sys.executable, tool, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert shown.returncode == 0
+        assert "usage:" in shown.stdout

@@ -1,0 +1,124 @@
+"""Roles, rules and names of parameters."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_hyperp.optim.routing import RULES, describe, route
+from megatron_hyperp.parameters import ROLES, global_shape, named_parameters, partition_dim, role_of
+
+
+def parameter(*shape: int, split: int | None = None) -> torch.nn.Parameter:
+    result = torch.nn.Parameter(torch.ones(shape))
+    if split is not None:
+        result.tensor_model_parallel, result.partition_dim = True, split  # type: ignore[attr-defined]
+    return result
+
+
+NAMES = {
+    "embedding.word_embeddings.weight": ("embedding", (8, 4)),
+    "output_layer.weight": ("output", (8, 4)),
+    "decoder.layers.3.self_attention.linear_qkv.weight": ("hidden", (8, 4)),
+    "decoder.layers.3.self_attention.linear_proj.weight": ("hidden", (4, 4)),
+    "decoder.layers.3.mlp.linear_fc1.weight": ("hidden", (16, 4)),
+    "decoder.layers.3.mlp.linear_fc2.weight": ("hidden", (4, 8)),
+    "decoder.layers.3.self_attention.q_layernorm.weight": ("vector", (4,)),
+    "decoder.layers.3.mlp.linear_fc1.layer_norm_weight": ("vector", (4,)),
+    "decoder.final_layernorm.weight": ("vector", (4,)),
+    "decoder.layers.3.mlp.linear_fc1.bias": ("vector", (16,)),
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), NAMES.items())
+def test_every_known_parameter_has_one_role(name: str, expected: tuple[str, tuple[int, ...]]) -> None:
+    role, shape = expected
+    assert role_of(name, parameter(*shape)) == role
+
+
+def test_a_parameter_without_a_role_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"no role for the parameter decoder.layers.0.mixer.A_log of shape \(4, 4\)"):
+        role_of("decoder.layers.0.mixer.A_log", parameter(4, 4))
+
+
+def test_a_parameter_with_two_roles_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ROLES, "extra", ("*word_embeddings*",))
+    with pytest.raises(ValueError, match=r"2 roles \(embedding, extra\)"):
+        role_of("embedding.word_embeddings.weight", parameter(8, 4))
+
+
+def test_a_role_with_the_wrong_shape_is_an_error() -> None:
+    for name, shape in (("decoder.layers.0.mlp.linear_fc1.weight", (4,)), ("decoder.final_layernorm.weight", (4, 4))):
+        with pytest.raises(ValueError, match="has the role"):
+            role_of(name, parameter(*shape))
+
+
+def test_the_last_stage_copy_of_tied_embeddings_is_an_embedding() -> None:
+    copy = parameter(8, 4)
+    copy.shared_embedding = True  # type: ignore[attr-defined]
+    assert role_of("output_layer.weight", copy) == "embedding"
+
+
+def test_global_shapes() -> None:
+    assert global_shape(parameter(8, 4, split=0), 4) == (32, 4)
+    assert global_shape(parameter(8, 4, split=1), 4) == (8, 16)
+    assert global_shape(parameter(8, 4), 4) == (8, 4)
+    assert partition_dim(parameter(3)) == -1
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.layer_number = number
+        self.weight = parameter(2, 2)
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def test_names_count_layers_over_the_whole_model() -> None:
+    chunk = torch.nn.Module()
+    chunk.decoder = torch.nn.Module()
+    chunk.decoder.layers = torch.nn.ModuleList([Layer(3), Layer(4)])
+    names = [name for name, _ in named_parameters(Wrapper(Wrapper(chunk)))]
+    assert names == ["decoder.layers.2.weight", "decoder.layers.3.weight"]
+
+
+@pytest.mark.parametrize("optimizer", RULES)
+def test_routes(optimizer: str) -> None:
+    pairs = [(name, parameter(*shape)) for name, (_, shape) in NAMES.items()]
+    routes = route(
+        pairs,
+        optimizer=optimizer,
+        tensor_parallel_size=1,
+        radius_scale=2.0,
+        matrix_lr_mult=0.5,
+        embedding_lr_mult=3.0,
+        adam_lr_mult=0.1,
+    )
+    assert [entry.name for entry in routes] == list(NAMES)
+    by_name = {entry.name: entry for entry in routes}
+    hidden = by_name["decoder.layers.3.mlp.linear_fc1.weight"]
+    head = by_name["output_layer.weight"]
+    assert hidden.rule == {"hyperp": "muonh", "muonh": "muonh", "muon": "muon", "adamw": "adamw"}[optimizer]
+    assert by_name["embedding.word_embeddings.weight"].rule == "adamw"
+    assert (hidden.lr_mult, head.lr_mult, by_name["embedding.word_embeddings.weight"].lr_mult) == (0.5, 0.1, 3.0)
+    assert [entry.decays for entry in routes if entry.role in ("embedding", "vector")] == [False] * 5
+    if optimizer in ("hyperp", "muonh"):
+        assert hidden.radius == pytest.approx(2.0 * (16 / 3) ** 0.5)
+        assert head.radius == pytest.approx(0.02 * 32**0.5)
+    else:
+        assert hidden.radius is None
+        assert head.radius is None
+    table = describe(routes)
+    assert table.splitlines()[0].split() == ["parameter", "rule", "global", "shape", "radius", "lr", "x", "count"]
+    assert len(table.splitlines()) == len(NAMES) + 1
+
+
+def test_frozen_parameters_are_left_alone() -> None:
+    frozen = parameter(4)
+    frozen.requires_grad_(False)
+    assert route([("anything", frozen)], optimizer="hyperp", tensor_parallel_size=1) == []
