@@ -99,8 +99,14 @@ class OptimizerConfig:
     muon_nesterov: bool = knob(True, "orthogonalize mu M + G rather than M")
     ns_steps: int = knob(5, "Newton-Schulz steps", POSITIVE)
     ns_coefficients: Literal["quintic", "polar_express"] = knob("quintic", "coefficient set of Newton-Schulz")
+    ns_form: Literal["auto", "standard", "gram"] = knob(
+        "auto", "iterate on X, or on X X^T alone (gram: fp32 or fp16); auto takes what needs fewer FLOPs"
+    )
+    ns_strategy: Literal["auto", "gather", "all_to_all", "gram"] = knob(
+        "auto", "how tensor-parallel ranks share Newton-Schulz; auto takes the cheapest by the printed cost model"
+    )
     ns_dtype: Literal["auto", "fp32", "bf16", "fp16"] = knob(
-        "auto", "precision of Newton-Schulz [auto: bf16 under CUDA, fp32 on CPU, where bf16 is slower]"
+        "auto", "precision of Newton-Schulz [bf16 under CUDA, fp16 there with gram; fp32 on CPU, where half is slower]"
     )
     radius_scale: float = knob(1.0, "factor on the radii of all MuonH matrices", POSITIVE)
     adam_beta1: float = knob(0.9, "decay of Adam's first moment", FRACTION)

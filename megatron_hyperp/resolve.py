@@ -33,6 +33,7 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -
         _resolve_duration(config)
         _resolve_scaling(config)
         _resolve_schedule(config)
+        _check_newton_schulz(config)
     except UsageError as error:
         error.same_on_all_ranks = True
         raise
@@ -266,3 +267,10 @@ def _resolve_schedule(config: Config) -> None:
             f"--lr-wsd-decay-iters {optimizer.lr_wsd_decay_iters} is more than the iterations after warm-up;"
             f" give {after_warmup} at most"
         )
+
+
+def _check_newton_schulz(config: Config) -> None:
+    options = config.optimizer
+    for flag, value in (("--ns-form", options.ns_form), ("--ns-strategy", options.ns_strategy)):
+        if value == "gram" and options.ns_dtype == "bf16":
+            raise UsageError(f"{flag} gram loses accuracy with --ns-dtype bf16; give fp16 or fp32, or leave it out")

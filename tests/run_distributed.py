@@ -60,3 +60,7 @@ def _rank(
         # Not an exception: the other ranks may wait for this one for ever, and join() ends them.
         os._exit(1)
     torch.save(result, Path(folder) / f"{rank}.result")
+    if torch.distributed.is_initialized():
+        # A rank that leaves while another still talks to it makes gloo abort that one.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -7,6 +7,9 @@ OPTIMIZER_FP32 = 1e-5
 # One sharded Newton-Schulz against one rank, fp32: other summation orders in the same products.
 SHARDED_NEWTON_SCHULZ = 5e-6
 
+# Newton-Schulz in fp16 against fp32: three digits, amplified on small singular values.
+NEWTON_SCHULZ_FP16 = 2e-2
+
 # Loss of another layout over 20 fp32 training steps: tensor and data parallelism sum in another order, and training
 # amplifies it; 3e-6 is typical.
 LAYOUT_LOSS = 1e-4

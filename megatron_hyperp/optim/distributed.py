@@ -24,9 +24,10 @@ from megatron_hyperp.config import Config, width_multiplier
 from megatron_hyperp.optim import sphere
 from megatron_hyperp.optim.adamh import adam_direction_
 from megatron_hyperp.optim.muonh import momentum_
-from megatron_hyperp.optim.orthogonalize import newton_schulz
+from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from megatron_hyperp.optim.routing import SPHERE_RULES, Route, describe, route
-from megatron_hyperp.optim.tensor_parallel import orthogonalize_family
+from megatron_hyperp.optim.tensor_parallel import Job, machine_of, orthogonalize_family
+from megatron_hyperp.optim.tensor_parallel import describe as describe_strategies
 from megatron_hyperp.parameters import REPLICATED, named_parameters
 
 STATES = {
@@ -102,7 +103,14 @@ class HyperPOptimizer(MegatronOptimizer):
         self.steps_skipped = 0
         self.param_groups = []
         self.families = [self._family(alike, config) for alike in _alike(self.routes)]
-        self._ns_dtype = device.newton_schulz_dtype(self.config.ns_dtype)
+        options = self.config
+        gram = "gram" in (options.ns_form, options.ns_strategy)
+        self.newton_schulz = NewtonSchulz(
+            steps=options.ns_steps,
+            coefficients=options.ns_coefficients,
+            dtype=device.newton_schulz_dtype(options.ns_dtype, gram=gram),
+            form=options.ns_form,
+        )
         self.reload_model_params()
 
     def _family(self, routes: list[Route], config: Config) -> Family:
@@ -192,8 +200,13 @@ class HyperPOptimizer(MegatronOptimizer):
                 momentum=options.muon_momentum,
                 nesterov=options.muon_nesterov,
             )
-            partition_dim = family.routes[0].partition_dim
-            return orthogonalize_family(update, self._newton_schulz, group=self.tp_group, partition_dim=partition_dim)
+            return orthogonalize_family(
+                update,
+                self.newton_schulz,
+                group=self.tp_group,
+                partition_dim=family.routes[0].partition_dim,
+                strategy=options.ns_strategy,
+            )
         return adam_direction_(
             family.state["exp_avg"],
             family.state["exp_avg_sq"],
@@ -203,9 +216,21 @@ class HyperPOptimizer(MegatronOptimizer):
             eps=options.adam_eps,
         )
 
-    def _newton_schulz(self, batch: torch.Tensor) -> torch.Tensor:
-        options = self.config
-        return newton_schulz(batch, steps=options.ns_steps, coefficients=options.ns_coefficients, dtype=self._ns_dtype)
+    def describe_strategies(self) -> str:
+        """Return the table of how each family's Newton-Schulz is shared over the tensor-parallel ranks."""
+        jobs = [
+            Job(
+                len(f.routes),
+                f.routes[0].shape[0],
+                f.routes[0].shape[1],
+                f.routes[0].partition_dim,
+                self.tp_group.size(),
+            )
+            for f in self.families
+            if f.rule in ("muonh", "muon")
+        ]
+        machine = machine_of(self.families[0].master)
+        return describe_strategies(jobs, self.newton_schulz, machine, self.config.ns_strategy)
 
     def _global_norm(self, gradients: Sequence[torch.Tensor]) -> float:
         """Return the norm over all gradients of the model, each counted once."""
@@ -334,7 +359,7 @@ def get_hyperp_optimizer(
     Args:
         config: resolved config; ``config.optimizer.optimizer`` picks HyperP or a baseline.
         model_chunks: chunks wrapped in Megatron-Core's DistributedDataParallel.
-        log: receives the routing table.
+        log: receives the routing table and how Newton-Schulz is shared.
 
     Raises:
         ValueError: a parameter matches no rule, or two.
@@ -350,11 +375,14 @@ def get_hyperp_optimizer(
         embedding_lr_mult=options.embedding_lr_mult,
         adam_lr_mult=options.adam_lr_mult,
     )
-    if log is not None:
-        log(describe(routes))
-    return HyperPOptimizer(
+    optimizer = HyperPOptimizer(
         routes,
         config,
         tp_group=parallel_state.get_tensor_model_parallel_group(),
         model_parallel_group=parallel_state.get_model_parallel_group(),
     )
+    if log is not None:
+        log(describe(routes))
+        if optimizer.tp_group.size() > 1:
+            log(f"Newton-Schulz over tensor-parallel ranks, predicted:\n{optimizer.describe_strategies()}")
+    return optimizer

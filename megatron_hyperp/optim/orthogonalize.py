@@ -7,8 +7,11 @@ polynomial p(s) = a s + b s^3 + c s^5, each step is X <- a X + (b A + c A^2) X, 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
+
+from megatron_hyperp import device
 
 Coefficients = tuple[float, float, float]
 
@@ -37,6 +40,7 @@ COEFFICIENTS: dict[str, tuple[Coefficients, ...]] = {
 # Polar Express tolerates rounding above 1 when X, and all steps but the last of its set, are shrunk by this factor.
 POLAR_EXPRESS_SAFETY = 1.01
 SMALLEST_NORM = 1e-30
+FORMS = ("auto", "standard", "gram")
 
 
 def coefficient_schedule(name: str, steps: int) -> list[Coefficients]:
@@ -57,50 +61,193 @@ def coefficient_schedule(name: str, steps: int) -> list[Coefficients]:
     return schedule
 
 
-def newton_schulz(
-    x: torch.Tensor, *, steps: int = 5, coefficients: str = "quintic", dtype: torch.dtype = torch.bfloat16
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewtonSchulz:
+    """How to orthogonalize: schedule, precision and form; a call does it.
+
+    The Gram form (Dao-AILab, gram-newton-schulz) iterates on R = X X^T alone and multiplies X once at the end; it needs
+    fewer FLOPs for matrices more than 1.5 times as long as wide, nearly all of them on symmetric matrices.
+
+    Attributes:
+        steps: Newton-Schulz steps.
+        coefficients: a key of :data:`COEFFICIENTS`.
+        dtype: precision of the iteration.
+        form: "standard", "gram", or "auto" for the one with fewer FLOPs. The Gram form restarts once from X to keep its
+            rounding small; in bf16 that is not enough: it is refused, and auto stays standard.
+
+    Raises:
+        ValueError: an unknown set or form, no steps, or the Gram form in bf16.
+    """
+
+    steps: int = 5
+    coefficients: str = "quintic"
+    dtype: torch.dtype = torch.bfloat16
+    form: str = "auto"
+
+    def __post_init__(self) -> None:
+        coefficient_schedule(self.coefficients, self.steps)
+        if self.form not in FORMS:
+            raise ValueError(f"form is {self.form!r}; known are {', '.join(FORMS)}")
+        if self.form == "gram" and self.dtype == torch.bfloat16:
+            raise ValueError("the Gram form loses accuracy in bf16; use fp16 or fp32, or the standard form")
+
+    @property
+    def segments(self) -> list[list[Coefficients]]:
+        """The schedule, cut where the Gram form restarts from X: after two steps in half precision, else after three.
+
+        X X^T squares the spread of the singular values, and with it the rounding of the small ones. Without a restart
+        the error in fp32 is a hundredfold once the spread reaches 100, as that of momenta does; with one it stays
+        within a factor of ten of the standard form's (tests/unit/test_optimizers.py).
+        """
+        schedule = coefficient_schedule(self.coefficients, self.steps)
+        cut = 2 if self.dtype in (torch.float16, torch.bfloat16) else 3
+        return [segment for segment in (schedule[:cut], schedule[cut:]) if segment]
+
+    def flops(self, rows: int, columns: int, form: str) -> int:
+        """FLOPs of one matrix in "standard" or "gram" form, a multiply and an add counted as two.
+
+        With whole symmetric products five steps need 20 n^2 m + 10 n^3, in Gram form 8 n^2 m + 28 n^3 (n <= m).
+        """
+        n, m = sorted((rows, columns))
+        if form == "standard":
+            return round(self.steps * (_symmetric_flops(n, m) + _symmetric_flops(n, n) + 2 * n * n * m))
+        long_products = len(self.segments) * (_symmetric_flops(n, m) + 2 * n * n * m)
+        return round(long_products) + self.polynomial_flops(n)
+
+    def polynomial_flops(self, n: int) -> int:
+        """FLOPs of the Gram form on [n, n] matrices alone: per step R^2, Q Z, R Z and Z R Z, less what comes free."""
+        return round(sum((4 * len(segment) - 3) * _symmetric_flops(n, n) for segment in self.segments))
+
+    def form_of(self, rows: int, columns: int) -> str:
+        """Return "standard" or "gram" for matrices of this shape."""
+        if self.form != "auto":
+            return self.form
+        allowed = self.dtype != torch.bfloat16
+        fewer = self.flops(rows, columns, "gram") < self.flops(rows, columns, "standard")
+        return "gram" if allowed and fewer else "standard"
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Orthogonalize [m, n], or each matrix of [batch, m, n]; a zero matrix stays zero.
+
+        Returns:
+            A tensor of the shape and dtype of ``x`` whose singular values are near 1.
+
+        Raises:
+            ValueError: ``x`` is neither 2-D nor 3-D.
+        """
+        if x.ndim not in (2, 3):
+            raise ValueError(f"newton_schulz takes [m, n] or [batch, m, n], got the shape {tuple(x.shape)}")
+        batch = x.unsqueeze(0) if x.ndim == 2 else x
+        # The Gram matrix is taken on the short side: fewer FLOPs, and the same result by symmetry.
+        transposed = batch.shape[1] > batch.shape[2]
+        if transposed:
+            batch = batch.mT
+        iterate = self._gram if self.form_of(*batch.shape[1:]) == "gram" else self._standard
+        batch = iterate(self._normalize(batch).to(self.dtype)).to(x.dtype)
+        return (batch.mT if transposed else batch).reshape(x.shape)
+
+    def _normalize(self, batch: torch.Tensor) -> torch.Tensor:
+        """Scale each matrix to Frobenius norm 1, at least in fp32, which bounds its singular values by 1."""
+        batch = batch.to(torch.promote_types(batch.dtype, torch.float32))
+        norms = torch.linalg.vector_norm(batch, dim=(1, 2), keepdim=True)
+        return batch / (norms * self.norm_margin).clamp_min(SMALLEST_NORM)
+
+    @property
+    def norm_margin(self) -> float:
+        """Factor by which the norm before the first step stays below 1."""
+        return POLAR_EXPRESS_SAFETY if self.coefficients == "polar_express" else 1.0
+
+    def _standard(self, x: torch.Tensor) -> torch.Tensor:
+        for a, b, c in coefficient_schedule(self.coefficients, self.steps):
+            gram = symmetric_product(x, x.mT)
+            polynomial = symmetric_product(gram, gram, gram, beta=b, alpha=c)
+            x = torch.baddbmm(x, polynomial, x, beta=a)
+        return x
+
+    def _gram(self, x: torch.Tensor) -> torch.Tensor:
+        for segment in self.segments:
+            x = gram_polynomial(symmetric_product(x, x.mT), segment) @ x
+        return x
+
+
+def _symmetric_flops(n: int, k: int) -> float:
+    """FLOPs of a symmetric product of [n, k] with [k, n] on this device."""
+    blocks = device.symmetric_blocks(n)
+    return 2 * n * n * k * (blocks + 1) / (2 * blocks)
+
+
+def symmetric_product(
+    left: torch.Tensor, right: torch.Tensor, add: torch.Tensor | None = None, *, beta: float = 1.0, alpha: float = 1.0
 ) -> torch.Tensor:
-    """Orthogonalize a matrix, or each matrix of a batch.
+    """Return left right, or alpha left right + beta add, [batch, n, n], which must be symmetric.
+
+    Where the device gains from it, blocks below the diagonal are mirrored instead of computed.
+
+    Args:
+        left: [batch, n, k].
+        right: [batch, k, n].
+        add: [batch, n, n], or None for no sum.
+        beta: factor of ``add``.
+        alpha: factor of the product.
+    """
+    size = left.shape[1]
+    blocks = device.symmetric_blocks(size)
+    if blocks == 1:
+        if add is None:
+            return left @ right
+        return torch.baddbmm(add, left, right, beta=beta, alpha=alpha)
+    result = left.new_empty((len(left), size, size))
+    height = -(-size // blocks)
+    for low in range(0, size, height):
+        high = min(low + height, size)
+        rows, columns = left[:, low:high], right[:, :, low:]
+        if add is None:
+            result[:, low:high, low:] = torch.bmm(rows, columns)
+        else:
+            result[:, low:high, low:] = torch.baddbmm(add[:, low:high, low:], rows, columns, beta=beta, alpha=alpha)
+        result[:, high:, low:high] = result[:, low:high, high:].mT
+    return result
+
+
+def gram_polynomial(gram: torch.Tensor, segment: Sequence[Coefficients]) -> torch.Tensor:
+    """Return Q with Q X = the result of the steps in ``segment`` on X, from R = X X^T alone.
+
+    Per step, Z = b R + c R^2; Q <- (Z + a) Q; R <- (Z + a) R (Z + a). All are polynomials in R and commute.
+
+    Args:
+        gram: R, [batch, n, n].
+        segment: one (a, b, c) a step.
+    """
+    product: torch.Tensor | None = None
+    for step, (a, b, c) in enumerate(segment):
+        z = symmetric_product(gram, gram, gram, beta=b, alpha=c)
+        if product is None:
+            product = z.clone()
+            product.diagonal(dim1=1, dim2=2).add_(a)
+        else:
+            product = symmetric_product(product, z, product, beta=a)
+        if step < len(segment) - 1:
+            shifted = symmetric_product(gram, z, gram, beta=a)
+            gram = symmetric_product(z, shifted, shifted, beta=a)
+    assert product is not None
+    return product
+
+
+def newton_schulz(
+    x: torch.Tensor,
+    *,
+    steps: int = 5,
+    coefficients: str = "quintic",
+    dtype: torch.dtype = torch.bfloat16,
+    form: str = "auto",
+) -> torch.Tensor:
+    """Orthogonalize a matrix, or each matrix of a batch; see :class:`NewtonSchulz` for the arguments and errors.
 
     Args:
         x: [m, n] or [batch, m, n]; a zero matrix stays zero.
         steps: Newton-Schulz steps.
         coefficients: a key of :data:`COEFFICIENTS`.
         dtype: precision of the iteration; the normalization before it is in fp32 (fp64 for fp64 input).
-
-    Returns:
-        A tensor of the shape and dtype of ``x`` whose singular values are near 1.
-
-    Raises:
-        ValueError: ``x`` is neither 2-D nor 3-D, or the schedule is unknown.
+        form: "standard", "gram" or "auto".
     """
-    if x.ndim not in (2, 3):
-        raise ValueError(f"newton_schulz takes [m, n] or [batch, m, n], got the shape {tuple(x.shape)}")
-    schedule = coefficient_schedule(coefficients, steps)
-    batch = x.unsqueeze(0) if x.ndim == 2 else x
-    # The Gram matrix A is taken on the short side: fewer FLOPs, and the same result by symmetry.
-    transposed = batch.shape[1] > batch.shape[2]
-    if transposed:
-        batch = batch.mT
-    batch = _iterate(_normalize(batch, coefficients).to(dtype), schedule).to(x.dtype)
-    if transposed:
-        batch = batch.mT
-    return batch.reshape(x.shape)
-
-
-def _normalize(batch: torch.Tensor, coefficients: str) -> torch.Tensor:
-    """Scale each matrix to Frobenius norm 1 (at least fp32), which bounds its singular values by 1."""
-    batch = batch.to(torch.promote_types(batch.dtype, torch.float32))
-    norms = torch.linalg.vector_norm(batch, dim=(1, 2), keepdim=True)
-    if coefficients == "polar_express":
-        norms = norms * POLAR_EXPRESS_SAFETY
-    return batch / norms.clamp_min(SMALLEST_NORM)
-
-
-def _iterate(x: torch.Tensor, schedule: Sequence[Coefficients]) -> torch.Tensor:
-    """Run the standard form on [batch, rows <= columns] matrices."""
-    for a, b, c in schedule:
-        gram = x @ x.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
-    return x
+    return NewtonSchulz(steps=steps, coefficients=coefficients, dtype=dtype, form=form)(x)

@@ -14,7 +14,7 @@ from megatron_hyperp import arguments
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
-TREE_TOPS = ("megatron_hyperp", "examples", "tools")
+TREE_TOPS = ("megatron_hyperp", "examples", "benchmarks", "tools")
 
 
 def fences(text: str, language: str) -> list[str]:
@@ -44,7 +44,7 @@ def tree_on_disk() -> set[str]:
         text=True,
         check=True,
     ).stdout.split()
-    files = {path for path in listed if not path.endswith(("__init__.py", "py.typed")) and (ROOT / path).exists()}
+    files = {path for path in listed if not path.endswith(("__init__.py", "py.typed", ".md")) and (ROOT / path).exists()}
     folders = {f"{parent}/" for path in files for parent in map(str, Path(path).parents) if parent != "."}
     return files | folders
 

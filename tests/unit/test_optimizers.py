@@ -230,6 +230,20 @@ def test_newton_schulz_brings_singular_values_near_one(shape: tuple[int, ...], c
     assert bool((torch.linalg.eigvalsh(0.5 * (y @ x.mT + x @ y.mT)) > -1e-3).all())
 
 
+@pytest.mark.parametrize("decades", [0, 2, 4])
+@pytest.mark.parametrize("shape", [(48, 48), (48, 192), (192, 48)])
+def test_gram_form_keeps_its_accuracy_on_spread_spectra(shape: tuple[int, int], decades: int) -> None:
+    random, short = torch.Generator().manual_seed(0), min(shape)
+    left, right = (torch.linalg.qr(torch.randn(n, short, generator=random, dtype=torch.float64))[0] for n in shape)
+    x = (left * torch.logspace(0, -decades, short, dtype=torch.float64)) @ right.mT
+    exact = newton_schulz(x, dtype=torch.float64, form="standard")
+    errors = {}
+    for form in ("standard", "gram"):
+        result = newton_schulz(x.float(), dtype=torch.float32, form=form).double()
+        errors[form] = float((result - exact).norm() / exact.norm())
+    assert errors["gram"] < 10 * errors["standard"]
+
+
 def test_newton_schulz_of_a_batch_equals_single_calls_and_half_precision_is_near() -> None:
     x = torch.randn(4, 20, 60, generator=torch.Generator().manual_seed(0))
     batch = newton_schulz(x, dtype=torch.float32)
