@@ -9,7 +9,7 @@ import os
 import sys
 
 from megatron_hyperp import arguments
-from megatron_hyperp.errors import run_command
+from megatron_hyperp.errors import UsageError, run_command
 
 
 def main(argv: list[str]) -> None:
@@ -17,7 +17,21 @@ def main(argv: list[str]) -> None:
     config = arguments.parse(argv, description="Pretrain a GPT with HyperP on Megatron-Core.")
     from megatron_hyperp.training.loop import pretrain
 
-    pretrain(config, world_size=int(os.environ.get("WORLD_SIZE", "1")))
+    pretrain(config, world_size=world_size())
+
+
+def world_size() -> int:
+    """Return the ranks that the launcher started, 1 without a launcher.
+
+    Raises:
+        UsageError: several processes were started without torchrun's environment; each would train alone.
+    """
+    if "RANK" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+        if os.environ.get(name, "1") != "1":
+            raise UsageError(f"{name} is {os.environ[name]} but RANK is not set; start the ranks with torchrun")
+    return 1
 
 
 if __name__ == "__main__":

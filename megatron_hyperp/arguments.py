@@ -126,6 +126,16 @@ def _unwrap(hint: Any) -> tuple[type, bool, tuple[str, ...]]:
     return typing.get_origin(hint) or hint, optional, ()
 
 
+DERIVED_SIZES = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         known = [option for action in self._actions for option in action.option_strings]
@@ -167,11 +177,12 @@ def parse(argv: list[str], *, description: str) -> Config:
     """Read ``--config`` and flags into a config, not yet resolved.
 
     Raises:
-        UsageError: an unknown flag or a value of the wrong type.
+        UsageError: an unknown flag, a value of the wrong type, or a flag that the file leaves without effect.
     """
     given = vars(build_parser(description).parse_args(argv))
     path = given.pop("config")
     config = load_yaml(path) if path else Config()
+    _check_derivation(config, given, str(path))
     for section_name, kind in section_types().items():
         hints = typing.get_type_hints(kind)
         for item in dataclasses.fields(kind):
@@ -179,6 +190,18 @@ def parse(argv: list[str], *, description: str) -> Config:
                 value = convert(given[item.name], hints[item.name], flag_name(item.name))
                 setattr(getattr(config, section_name), item.name, value)
     return config
+
+
+def _check_derivation(config: Config, given: dict[str, Any], source: str) -> None:
+    """Refuse ``--depth`` or ``--aspect-ratio`` beside a file that fixes the sizes that would follow from them."""
+    fixed = [name for name in DERIVED_SIZES if getattr(config.model, name) and name not in given]
+    for name in ("depth", "aspect_ratio"):
+        if name in given and fixed:
+            raise UsageError(
+                f"{flag_name(name)} {given[name]} changes nothing in {source}, which sets {', '.join(fixed)};"
+                " take those out of the file (a run's config.yaml has them all: start from the file you gave it)",
+                same_on_all_ranks=True,
+            )
 
 
 def to_yaml(config: Config) -> str:

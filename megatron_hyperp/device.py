@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from megatron_hyperp.errors import UsageError
+
 _CPU = torch.device("cpu")
 
 
@@ -30,6 +32,20 @@ def has_cuda() -> bool:
 def device() -> torch.device:
     """The device of this rank's tensors."""
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_cuda() else _CPU
+
+
+def check_ranks() -> None:
+    """See that this rank has a device of its own.
+
+    Raises:
+        UsageError: more ranks on this node than it has GPUs.
+    """
+    rank, devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if has_cuda() and rank >= devices:
+        raise UsageError(
+            f"local rank {rank} has no GPU, this node has {devices}; start that many ranks per node, or set"
+            " CUDA_VISIBLE_DEVICES= to run on CPU"
+        )
 
 
 def describe() -> str:
@@ -114,6 +130,8 @@ def _quiet_megatron() -> None:
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"megatron\.core.*")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+    # It logs the traceback of what it also raises.
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)
 
 
 class _Stream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def plot_runs(runs: dict[str, list[Row]], output: str | Path) -> None:
         training = [row for row in rows if "loss" in row]
         evaluations = [row for row in rows if "eval_loss" in row]
         _line(loss, training, "loss", color=color, alpha=0.5, linewidth=1, label=f"{name}: training")
-        if evaluations:
+        if evaluations and evaluations[-1]["eval_loss"] is not None:
             label = f"{name}: held out, at last {evaluations[-1]['eval_loss']:.3f}"
             _line(loss, evaluations, "eval_loss", color=color, marker="o", markersize=4, label=label)
         _line(lr, training, "lr", color=color, label=name)
@@ -75,13 +76,14 @@ def plot_runs(runs: dict[str, list[Row]], output: str | Path) -> None:
 
 
 def _line(axis: Any, rows: Sequence[Row], key: str, **style: Any) -> None:
-    axis.plot([row["tokens"] for row in rows], [row[key] for row in rows], **style)
+    values = [math.nan if row[key] is None else row[key] for row in rows]
+    axis.plot([row["tokens"] for row in rows], values, **style)
 
 
 def summarize(rows: list[Row]) -> str:
     """Return one line on what a run achieved."""
-    evaluations = [row["eval_loss"] for row in rows if "eval_loss" in row]
-    training = [row for row in rows if "loss" in row]
+    evaluations = [row["eval_loss"] for row in rows if row.get("eval_loss") is not None]
+    training = [row for row in rows if row.get("loss") is not None]
     parts = []
     if training:
         last = training[-1]

@@ -10,6 +10,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -89,9 +90,7 @@ def measure(family: Family, repeats: int, group: dist.ProcessGroup) -> dict[str,
     job = Job(count, rows, columns, split, ranks)
     methods: dict[str, Callable[[], object]] = {}
     for name in ("auto", *costs(job, ns)):
-        methods[name] = lambda name=name: orthogonalize_family(
-            shards, ns, group=group, partition_dim=split, strategy=name
-        )
+        methods[name] = partial(orthogonalize_family, shards, ns, group=group, partition_dim=split, strategy=name)
     if split >= 0 and (rows, columns)[split] >= (rows, columns)[1 - split]:
         methods["redundant"] = lambda: redundant_per_matrix(shards, split, group)
         methods["all-reduce"] = lambda: all_reduce_per_iteration(shards, split, group)

@@ -241,7 +241,8 @@ class HyperPOptimizer(MegatronOptimizer):
             if not counted_elsewhere and not copy_of_embedding:
                 total += (gradient * gradient).sum(dtype=torch.float64)
         dist.all_reduce(total, group=self.grad_stats_parallel_group)
-        return math.sqrt(total.item()) if math.isfinite(total.item()) else total.item()
+        squared = total.item()
+        return math.sqrt(squared) if math.isfinite(squared) else squared
 
     def _copy_to_model(self) -> None:
         for family in self.families:

@@ -44,6 +44,21 @@ ARCHITECTURE = (
 )
 
 
+# Settings that fix the spheres: on other ones a run would rescale every weight at its first step.
+SPHERES = (("optimizer", "radius_scale"), ("model", "output_init_std"))
+# Sections that decide the course of training, with their fields that do not.
+COURSE = {
+    "model": {*ARCHITECTURE, "depth", "aspect_ratio", "make_vocab_size_divisible_by", "embedding_init_std"},
+    "optimizer": {"ns_strategy"},
+    "transfer": set[str](),
+    "data": {"data_cache_path", "num_workers"},
+    "training": {
+        *("micro_batch_size", "exit_interval", "eval_interval", "eval_iters"),
+        *("recompute_granularity", "recompute_method", "recompute_num_layers"),
+    },
+}
+
+
 @dataclasses.dataclass(slots=True)
 class Progress:
     """Where a run stands.
@@ -71,20 +86,36 @@ def find_checkpoint(root: str | Path) -> Path | None:
         UsageError: the tracker file names a checkpoint that is not there.
     """
     root = Path(root)
-    if (root / CONFIG_FILE).is_file() and (root / "metadata.json").is_file():
+    if _is_complete(root):
         return root
     tracker = root / TRACKER
     if not tracker.is_file():
         return None
-    content = tracker.read_text().strip()
-    folder = checkpoint_folder(root, int(content)) if content.isdigit() else None
-    if folder is None or not (folder / CONFIG_FILE).is_file():
+    content = tracker.read_text(errors="replace").strip()
+    folder = checkpoint_folder(root, int(content)) if re.fullmatch(r"[0-9]{1,12}", content) else None
+    if folder is None or not _is_complete(folder):
         found = ", ".join(path.name for path in _complete_checkpoints(root)) or "none"
         raise UsageError(
             f"{tracker} names iteration {content[:20]!r}, which is not a checkpoint in {root}; complete ones there:"
             f" {found}; name one with --load {root}/iter_..."
         )
     return folder
+
+
+def check_save_folder(root: str | Path, resume_from: Path | None) -> None:
+    """Refuse to mix this run's checkpoints with those of another, or with later ones that it has not loaded.
+
+    Raises:
+        UsageError: ``root`` holds checkpoints and its newest is not the one that the run resumes from.
+    """
+    newest = find_checkpoint(root)
+    if newest is None or (resume_from is not None and newest.resolve() == resume_from.resolve()):
+        return
+    raise UsageError(
+        f"--save {root} already holds checkpoints up to {newest.name}, which this run would mix with its own;"
+        f" resume from the newest with --load {root}, or give --save an empty folder",
+        same_on_all_ranks=True,
+    )
 
 
 def check_writable(folder: str | Path, flag: str) -> None:
@@ -105,9 +136,9 @@ def check_compatible(folder: Path, config: Config) -> None:
     """Compare the config in a checkpoint with this run's.
 
     Raises:
-        UsageError: another architecture or kind of optimizer state; every field that differs is named.
+        UsageError: another architecture, spheres or kind of optimizer state; every field that differs is named.
     """
-    from megatron_hyperp.optim.routing import RULES
+    from megatron_hyperp.optim.routing import RULES, SPHERE_RULES
 
     saved = arguments.load_yaml(folder / CONFIG_FILE)
     # First: another recipe also changes multipliers, which below would look like another architecture.
@@ -116,6 +147,16 @@ def check_compatible(folder: Path, config: Config) -> None:
         raise UsageError(
             f"the checkpoint {folder} has the optimizer state of {there}, which {here} cannot take over;"
             f" give --optimizer {there}, or start anew",
+            same_on_all_ranks=True,
+        )
+    changed = [
+        f"{name} is {getattr(getattr(saved, section), name)} there, {getattr(getattr(config, section), name)} here"
+        for section, name in SPHERES
+        if getattr(getattr(saved, section), name) != getattr(getattr(config, section), name)
+    ]
+    if changed and set(RULES[here].values()) & set(SPHERE_RULES):
+        raise UsageError(
+            f"the checkpoint {folder} has its weights on other spheres: {'; '.join(changed)}; give its values",
             same_on_all_ranks=True,
         )
     differing = [
@@ -132,21 +173,24 @@ def check_compatible(folder: Path, config: Config) -> None:
 
 
 def changed_settings(folder: Path, config: Config) -> list[str]:
-    """Return a line for each data or schedule setting that this run has changed since the checkpoint."""
+    """Return a line for each setting that could change the course of training and differs from the checkpoint's."""
     saved = arguments.load_yaml(folder / CONFIG_FILE)
-    watched = {
-        "data": ("data_path", "split", "tokenizer_model"),
-        "training": ("seed", "global_batch_size", "train_iters"),
-        "model": ("seq_length",),
-        "optimizer": ("optimizer", "lr", "min_lr", "lr_decay_style", "weight_decay"),
-    }
-    lines = []
-    for section, names in watched.items():
-        for name in names:
-            before, now = getattr(getattr(saved, section), name), getattr(getattr(config, section), name)
-            if before != now:
-                lines.append(f"{name} was {before} in the checkpoint and is now {now}")
+    before, now = saved.learning_rate().value, config.learning_rate().value
+    lines = [] if before == now else [f"the peak learning rate was {before:g} in the checkpoint and is now {now:g}"]
+    for section, names in COURSE.items():
+        for item in dataclasses.fields(getattr(config, section)):
+            before, now = getattr(getattr(saved, section), item.name), getattr(getattr(config, section), item.name)
+            if before != now and item.name not in names:
+                lines.append(f"{item.name} was {before} in the checkpoint and is now {now}")
+    if any(line.startswith(("train_iters ", "global_batch_size ", "seed ", "data_path ", "split ")) for line in lines):
+        lines.append("the order of the data may differ from here on")
     return lines
+
+
+def is_of_run(folder: Path, config: Config) -> bool:
+    """Whether a run with the same run folder wrote the checkpoint, so that its metrics go on."""
+    there = Path(arguments.load_yaml(folder / CONFIG_FILE).logging.run_dir)
+    return there.resolve() == Path(config.logging.run_dir).resolve()
 
 
 def save_checkpoint(
@@ -171,29 +215,31 @@ def save_checkpoint(
     folder = checkpoint_folder(root, progress.iteration)
     partial = folder.with_name(f"partial_{folder.name}")
     if dist.get_rank() == 0:
-        for leftover in root.glob("partial_iter_*"):
+        for leftover in root.glob("partial_*"):
             shutil.rmtree(leftover)
         partial.mkdir(parents=True)
-        _write_durably(partial / CONFIG_FILE, arguments.to_yaml(config))
+        _write_durably(partial / CONFIG_FILE, _config_text(config))
     dist.barrier()
-    state = _sharded_state(chunks, optimizer)
-    state["progress"] = dataclasses.asdict(progress)
-    state["version"], state["run_id"] = __version__, run_id
+    state = _sharded_state(chunks, optimizer, with_random_state=True)
+    state |= {
+        "progress": dataclasses.asdict(progress),
+        "layout": _layout(),
+        "version": __version__,
+        "run_id": run_id,
+    }
     dist_checkpointing.save(state, str(partial))
     dist.barrier()
     if dist.get_rank() == 0:
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, folder.with_name(f"partial_old_{folder.name}"))
         os.replace(partial, folder)
         _write_durably(root / TRACKER, f"{progress.iteration}\n")
-        _drop_old(root, config.checkpoint.keep)
+        _drop_old(root, config.checkpoint.keep, progress.iteration)
     dist.barrier()
     return folder
 
 
-def load_checkpoint(
-    folder: Path, config: Config, chunks: list[torch.nn.Module], optimizer: Any
-) -> tuple[Progress, str | None]:
+def load_checkpoint(folder: Path, chunks: list[torch.nn.Module], optimizer: Any) -> tuple[Progress, str | None]:
     """Restore model, optimizer and random state; a collective call.
 
     The random state is restored only under the layout that wrote it; without dropout nothing depends on it.
@@ -205,16 +251,19 @@ def load_checkpoint(
         UsageError: the checkpoint cannot be read.
     """
     from megatron.core import dist_checkpointing
-    from megatron.core.dist_checkpointing.core import CheckpointingException
+    from torch.distributed.checkpoint.api import CheckpointException
 
-    same_layout = _layout(arguments.load_yaml(folder / CONFIG_FILE)) == _layout(config)
-    state = _sharded_state(chunks, optimizer, with_random_state=same_layout)
     try:
+        same_layout = dist_checkpointing.load_common_state_dict(str(folder)).get("layout") == _layout()
+        state = _sharded_state(chunks, optimizer, with_random_state=same_layout)
         loaded = dist_checkpointing.load(state, str(folder))
-    except (CheckpointingException, OSError, RuntimeError, EOFError) as error:
+    except (Exception, CheckpointException) as error:
+        # Torch's exception is no Exception, and holds the reasons by rank.
+        reasons = [failure[0] for failure in getattr(error, "failures", {}).values()]
+        reason = reasons[0] if reasons else error
         raise UsageError(
-            f"the checkpoint {folder} cannot be read ({type(error).__name__}: {str(error).splitlines()[0][:200]});"
-            " name an older one with --load"
+            f"the checkpoint {folder} cannot be read ({type(reason).__name__}: {_first_line(reason)}), unless another"
+            " rank failed first; name an older one with --load"
         ) from error
     for index, chunk in enumerate(chunks):
         _model(chunk).load_state_dict(loaded[f"model{index}"])
@@ -222,6 +271,10 @@ def load_checkpoint(
     if same_layout:
         _restore_random_state(loaded["rng"][0])
     return Progress(**loaded["progress"]), loaded["run_id"]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or ["no message"])[0][:200]
 
 
 def _model(chunk: torch.nn.Module) -> Any:
@@ -232,7 +285,7 @@ def _model(chunk: torch.nn.Module) -> Any:
     return module
 
 
-def _sharded_state(chunks: list[torch.nn.Module], optimizer: Any, with_random_state: bool = True) -> dict[str, Any]:
+def _sharded_state(chunks: list[torch.nn.Module], optimizer: Any, *, with_random_state: bool) -> dict[str, Any]:
     models = {f"model{index}": _model(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
     state: dict[str, Any] = {**models, "optimizer": optimizer.sharded_state_dict(models)}
     if with_random_state:
@@ -254,17 +307,12 @@ def _random_state() -> Any:
         "device": torch.cuda.get_rng_state(),
         "tracker": dict(tensor_parallel.get_cuda_rng_tracker().get_states()),
     }
-    sizes = (
-        parallel_state.get_pipeline_model_parallel_world_size(),
-        parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_data_parallel_world_size(),
-    )
     ranks = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_data_parallel_rank(),
     )
-    return ShardedObject("rng_state", [content], sizes, ranks)
+    return ShardedObject("rng_state", [content], tuple(_layout()[:3]), ranks)
 
 
 def _restore_random_state(content: dict[str, Any]) -> None:
@@ -278,14 +326,16 @@ def _restore_random_state(content: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(content["tracker"])
 
 
-def _layout(config: Config) -> tuple[int, ...]:
-    parallel, training = config.parallel, config.training
-    return (
-        parallel.tensor_model_parallel_size,
-        parallel.pipeline_model_parallel_size,
-        parallel.num_virtual_stages_per_pipeline_rank,
-        training.micro_batch_size,
-    )
+def _layout() -> list[int]:
+    """Return the sizes of pipeline, tensor and data parallelism, and the pipeline chunks per rank."""
+    from megatron.core import parallel_state
+
+    return [
+        parallel_state.get_pipeline_model_parallel_world_size(),
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+    ]
 
 
 def _write_durably(path: Path, text: str) -> None:
@@ -297,18 +347,34 @@ def _write_durably(path: Path, text: str) -> None:
     os.replace(temporary, path)
 
 
+def _is_complete(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (CONFIG_FILE, "metadata.json", ".metadata", "common.pt"))
+
+
 def _complete_checkpoints(root: Path) -> list[Path]:
-    return sorted(
-        path for path in root.glob("iter_*") if re.fullmatch(r"iter_\d+", path.name) and (path / CONFIG_FILE).is_file()
-    )
+    """Return the complete checkpoints under ``root``, oldest iteration first."""
+    folders = [path for path in root.glob("iter_*") if re.fullmatch(r"iter_[0-9]+", path.name) and _is_complete(path)]
+    return sorted(folders, key=_iteration)
 
 
-def _drop_old(root: Path, keep: int) -> None:
+def _iteration(folder: Path) -> int:
+    return int(folder.name.removeprefix("iter_"))
+
+
+def _drop_old(root: Path, keep: int, latest: int) -> None:
+    """Delete what was replaced, and all but the newest ``keep`` checkpoints up to the latest."""
+    for leftover in root.glob("partial_*"):
+        shutil.rmtree(leftover)
     if keep:
-        for folder in _complete_checkpoints(root)[:-keep]:
+        for folder in [path for path in _complete_checkpoints(root) if _iteration(path) <= latest][:-keep]:
             shutil.rmtree(folder)
 
 
 def write_run_config(config: Config) -> None:
     """Write the resolved config into the run folder."""
-    _write_durably(Path(config.logging.run_dir) / CONFIG_FILE, arguments.to_yaml(config))
+    _write_durably(Path(config.logging.run_dir) / CONFIG_FILE, _config_text(config))
+
+
+def _config_text(config: Config) -> str:
+    note = "# As resolved: sizes, multipliers and schedule are explicit and no longer follow from depth or optimizer.\n"
+    return note + arguments.to_yaml(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -51,6 +52,8 @@ class MetricsWriter:
         if fresh and path.exists():
             os.replace(path, _unused_name(path))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115  (closed in close)
+        if self._file.tell() and path.read_bytes()[-1:] != b"\n":
+            self._file.write("\n")  # a killed run left half a line
         if config.logging.tensorboard_dir:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -78,7 +81,9 @@ class MetricsWriter:
         """Write one row; ``iteration`` is its position on the time axis."""
         if self._file is None:
             return
-        self._file.write(json.dumps(dict(row)) + "\n")
+        # JSON has no NaN and no infinity.
+        plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        self._file.write(json.dumps(plain) + "\n")
         values = {name: value for name, value in row.items() if name != "iteration"}
         if self._tensorboard is not None:
             for name, value in values.items():
@@ -161,7 +166,7 @@ class Console:
         pace = (time.monotonic() - self._started) / max(1, iteration - self._first)
         parts = [
             f"iteration {iteration}/{self._total} ({100 * iteration / self._total:.0f}%)",
-            f"loss {self._smoothed:.4f}",
+            f"loss {loss:.4f} (smoothed {self._smoothed:.4f})",
             f"lr {row['lr']:.3e}",
             f"grad {row['grad_norm']:.3f}",
             f"{row['tokens_per_s']:,.0f} tok/s",

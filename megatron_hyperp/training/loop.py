@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from megatron_hyperp.training.checkpointing import Progress
 from megatron_hyperp.training.logging import Console, MetricsWriter
 
 Batches = Iterator[dict[str, torch.Tensor]]
+SKIPS_IN_A_ROW = 20
 
 
 def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
@@ -33,6 +35,7 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
     Raises:
         UsageError: anything that cannot run.
     """
+    device.check_ranks()
     if not config.data.data_path:
         raise UsageError(
             "no data; give --data-path PREFIX (tools/preprocess_data.py makes one)", same_on_all_ranks=True
@@ -45,6 +48,8 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
         check_prefix(prefix)
         check_vocabulary(prefix, config.model.vocab_size)
     checkpointing.check_writable(config.logging.run_dir, "--run-dir")
+    if config.logging.tensorboard_dir:
+        checkpointing.check_writable(config.logging.tensorboard_dir, "--tensorboard-dir")
     if config.checkpoint.save:
         checkpointing.check_writable(config.checkpoint.save, "--save")
     return config, tokenizer, _checkpoint_to_load(config)
@@ -52,20 +57,15 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
 
 def _checkpoint_to_load(config: Config) -> Path | None:
     load, save = config.checkpoint.load, config.checkpoint.save
-    if load is None:
-        if save is not None and checkpointing.find_checkpoint(save) is not None:
-            raise UsageError(
-                f"--save {save} already holds checkpoints, which this new run would mix with its own;"
-                f" resume with --load {save}, or give an empty folder",
-                same_on_all_ranks=True,
-            )
-        return None
-    folder = checkpointing.find_checkpoint(load)
-    if folder is None:
-        if save is not None and Path(load).resolve() == Path(save).resolve():
-            return None
-        raise UsageError(f"--load {load} holds no checkpoint; give a folder that does, or leave it out")
-    checkpointing.check_compatible(folder, config)
+    folder = None
+    if load is not None:
+        folder = checkpointing.find_checkpoint(load)
+        if folder is None and (save is None or Path(load).resolve() != Path(save).resolve()):
+            raise UsageError(f"--load {load} holds no checkpoint; give a folder that does, or leave it out")
+    if save is not None:
+        checkpointing.check_save_folder(save, folder)
+    if folder is not None:
+        checkpointing.check_compatible(folder, config)
     return folder
 
 
@@ -80,16 +80,34 @@ def pretrain(config: Config, *, world_size: int) -> Progress:
         Where the run stands at its end.
 
     Raises:
-        UsageError: bad input, before training starts.
+        UsageError: bad input, before training starts; or gradients that stay non-finite.
     """
     config, tokenizer, resume_from = check(config, world_size)
     device.adapt_megatron()
     device.init_process_group(config.parallel.distributed_timeout_minutes)
+    _agree(resume_from)
     trainer = Trainer(config, tokenizer, resume_from)
-    try:
-        return trainer.train()
-    finally:
-        trainer.close()
+    # Not in a finally: a rank that fails alone must not wait for the others in the process groups' destructors.
+    progress = trainer.train()
+    trainer.close()
+    return progress
+
+
+def _agree(resume_from: Path | None) -> None:
+    """See that every rank found the same checkpoint, before those that did wait for those that did not.
+
+    Raises:
+        UsageError: some ranks see another one or none: the folder is not shared.
+    """
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, resume_from.name if resume_from else "none")
+    if len(set(found)) > 1:
+        other = next(rank for rank, name in enumerate(found) if name != found[0])
+        raise UsageError(
+            f"rank 0 finds the checkpoint {found[0]} and rank {other} {found[other]}; --load and --save must name a"
+            " folder that all nodes share",
+            same_on_all_ranks=True,
+        )
 
 
 def initialize_megatron(config: Config) -> None:
@@ -149,15 +167,17 @@ class Trainer:
             wsd_decay_steps=options.lr_wsd_decay_iters,
             lr_wsd_decay_style="linear",
         )
+        self._skips_in_a_row = 0
         self.progress, run_id = Progress(), None
         if resume_from is not None:
-            self.progress, run_id = checkpointing.load_checkpoint(resume_from, config, self.chunks, self.optimizer)
+            self.progress, run_id = checkpointing.load_checkpoint(resume_from, self.chunks, self.optimizer)
             self.scheduler.step(self.progress.iteration)
             self.console.print(f"resumed from {resume_from} at iteration {self.progress.iteration}")
             for line in checkpointing.changed_settings(resume_from, config):
                 self.console.print(f"note: {line}")
         self._build_data(tokenizer)
-        self.writer = MetricsWriter(config, active=self.rank == 0, fresh=resume_from is None, run_id=run_id)
+        continued = resume_from is not None and checkpointing.is_of_run(resume_from, config)
+        self.writer = MetricsWriter(config, active=self.rank == 0, fresh=not continued, run_id=run_id)
         if self.rank == 0:
             checkpointing.write_run_config(config)
 
@@ -230,9 +250,10 @@ class Trainer:
         self.console.start_bar(self.progress.iteration)
         meter = Meter(self)
         while self.progress.iteration < training.train_iters:
-            lr = self._matrix_lr()
+            lr = self._base_lr()
             losses = self._forward_backward(batches, forward_only=False)
-            _, grad_norm, _ = self.optimizer.step()
+            taken, grad_norm, _ = self.optimizer.step()
+            self._watch_skips(taken)
             self.scheduler.step(1)
             self.progress.iteration += 1
             self.progress.consumed_samples += training.global_batch_size
@@ -243,19 +264,29 @@ class Trainer:
             if iteration % config.logging.log_interval == 0 or stopping:
                 meter.report()
             if training.eval_interval and (iteration % training.eval_interval == 0 or last):
-                self.evaluate()
-                meter.restart_clock()
+                with meter.paused():
+                    self.evaluate()
             interval = config.checkpoint.save_interval
             if config.checkpoint.save and (stopping or (interval and iteration % interval == 0)):
-                self._save()
-                meter.restart_clock()
+                with meter.paused():
+                    self._save()
             if stopping:
                 break
         self.console.stop_bar()
         self.console.print(f"stopped at iteration {self.progress.iteration} of {training.train_iters}")
         return self.progress
 
-    def _matrix_lr(self) -> float:
+    def _watch_skips(self, taken: bool) -> None:
+        """Stop, without saving, when no step has been taken for a while: the weights themselves are then non-finite."""
+        self._skips_in_a_row = 0 if taken else self._skips_in_a_row + 1
+        if self._skips_in_a_row >= SKIPS_IN_A_ROW:
+            raise UsageError(
+                f"{SKIPS_IN_A_ROW} steps in a row had a non-finite gradient, up to iteration"
+                f" {self.progress.iteration + 1}; resume from an earlier checkpoint, with a lower --lr or other data",
+                same_on_all_ranks=True,
+            )
+
+    def _base_lr(self) -> float:
         """The learning rate of tensors whose multiplier is 1."""
         return float(self.scheduler.get_lr({}))
 
@@ -344,17 +375,23 @@ class Meter:
         self._losses = torch.zeros(2, dtype=torch.float64, device=device.device())
         self._tokens = 0
         self._seconds = 0.0
-        self.restart_clock()
-
-    def restart_clock(self) -> None:
-        """Leave out the time since the last iteration: an evaluation or a checkpoint."""
         self._mark = time.monotonic()
 
-    def add(self, losses: torch.Tensor, lr: float, grad_norm: float) -> None:
-        """Take in one iteration."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out the time of what is not training; work that the device still does for training counts."""
+        self._read_clock()
+        yield
+        self._mark = time.monotonic()
+
+    def _read_clock(self) -> None:
+        device.synchronize()
         now = time.monotonic()
         self._seconds += now - self._mark
         self._mark = now
+
+    def add(self, losses: torch.Tensor, lr: float, grad_norm: float) -> None:
+        """Take in one iteration."""
         self._losses += losses
         self._tokens += self._trainer.config.batch_tokens
         self._lr, self._grad_norm = lr, grad_norm
@@ -362,7 +399,7 @@ class Meter:
     def report(self) -> None:
         """Write and print the interval's row; a collective call."""
         trainer, config = self._trainer, self._trainer.config
-        device.synchronize()
+        self._read_clock()
         row: dict[str, float | int] = {
             "iteration": trainer.progress.iteration,
             "tokens": trainer.progress.consumed_tokens,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "one-muonh": {"optimizer": "muonh"},
         "one-muon": {"optimizer": "muon"},
         "one-adamw": {"optimizer": "adamw", "lr": 0.005, "base_hidden_size": 32},
+        "one-cosine": {"lr_decay_style": "cosine", "min_lr": 0.01},
+        "one-wsd": {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 5, "min_lr": 0.0},
+        "one-warmup": {"lr_warmup_iters": 4, "lr_decay_style": "constant"},
     },
     2: {
         "tp2": {"tensor_model_parallel_size": 2},
@@ -81,6 +86,21 @@ def test_other_models_and_optimizers_equal_one_rank(
     runs: dict[str, list[dict[str, Any]]], name: str, reference: str
 ) -> None:
     assert largest_difference(runs[name], runs[reference]) < tolerances.LAYOUT_LOSS
+
+
+SCHEDULES: dict[str, Callable[[int], float]] = {
+    # The learning rate of iteration i, counted from 0: peak 0.05, 20 iterations.
+    "one": lambda i: 0.005 + 0.045 * (1 - i / 20),
+    "one-cosine": lambda i: 0.01 + 0.04 * 0.5 * (1 + math.cos(math.pi * i / 20)),
+    "one-wsd": lambda i: 0.05 * min(1.0, (20 - i) / 5),
+    "one-warmup": lambda i: 0.05 * min(1.0, i / 4),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_learning_rate_schedules(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
+    for iteration, row in enumerate(runs[name]):
+        assert row["lr"] == pytest.approx(SCHEDULES[name](iteration), rel=1e-12), iteration
 
 
 @pytest.mark.parametrize("name", ["one-recompute", "one-selective"])

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_hyperp.training.checkpointing import TRACKER, find_checkpoint
+from megatron_hyperp import arguments
+from megatron_hyperp.errors import UsageError
+from megatron_hyperp.training import checkpointing
+from megatron_hyperp.training.checkpointing import TRACKER, _drop_old, find_checkpoint
 from megatron_hyperp.training.logging import read_metrics
 from tests import tolerances
-from tests.functional.launch import ROOT, command, environment, run, train, write_config
+from tests.functional.launch import ENTRY, ROOT, command, environment, run, train, write_config
+from tests.run_distributed import free_port
 from tests.toy import VOCABULARY, toy_config, write_corpus
 
 TP2 = ("--tensor-model-parallel-size", 2)
@@ -102,11 +109,13 @@ def test_resume_is_bit_for_bit(workspace: Path, straight: Path, stopped: Path) -
             assert got[iteration][key] == expected[iteration][key], (iteration, key)
 
 
-@pytest.mark.parametrize(("layout", "ranks"), [((), 1), (PP2, 2)], ids=["one rank", "PP2"])
+@pytest.mark.parametrize(
+    ("layout", "ranks"), [((), 1), (PP2, 2), ((), 2), (TP2, 4)], ids=["one rank", "PP2", "DP2", "TP2 x DP2"]
+)
 def test_another_layout_goes_on(
     workspace: Path, straight: Path, stopped: Path, layout: tuple[Any, ...], ranks: int
 ) -> None:
-    folder = workspace / f"other-{ranks}"
+    folder = workspace / f"other-{ranks}-{len(layout)}-{'pipeline' in ''.join(map(str, layout))}"
     load = ("--load", stopped / "checkpoints" / "iter_0000010", "--exit-interval", 15)
     train(workspace / "config.yaml", "--run-dir", folder, *load, *layout, ranks=ranks)
     expected, got = training_rows(straight), training_rows(folder)
@@ -137,6 +146,120 @@ def test_a_killed_save_never_becomes_the_latest(workspace: Path) -> None:
     assert not list(checkpoints.glob("partial_iter_*"))
 
 
+def damage_file(name: str, content: bytes | None) -> Callable[[Path], None]:
+    """Return a function that replaces the named file of a checkpoint, or deletes it."""
+
+    def damage(folder: Path) -> None:
+        path = next(folder.glob(name))
+        path.unlink() if content is None else path.write_bytes(content)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        damage_file("__0_0.distcp", b"short"),
+        damage_file("__0_0.distcp", None),
+        damage_file(".metadata", b"\x80"),
+        damage_file("metadata.json", b"{"),
+        damage_file("common.pt", b"no pickle"),
+    ],
+    ids=["short shard", "lost shard", "bad metadata", "bad json", "bad common state"],
+)
+def test_a_damaged_checkpoint_is_one_line(
+    workspace: Path, straight: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    folder = tmp_path / "iter_0000020"
+    shutil.copytree(straight / "checkpoints" / "iter_0000020", folder)
+    damage(folder)
+    result = run(workspace / "config.yaml", "--run-dir", tmp_path, "--load", folder, "--train-iters", 30)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert f"the checkpoint {folder} cannot be read" in result.stderr
+
+
+@pytest.mark.parametrize("tracker", [b"\xff\xfe", "²".encode(), b"", b"7"])
+def test_a_damaged_tracker_names_what_is_there(straight: Path, tmp_path: Path, tracker: bytes) -> None:
+    shutil.copytree(straight / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / TRACKER).write_bytes(tracker)
+    with pytest.raises(UsageError, match="complete ones there: iter_0000015, iter_0000020; name one"):
+        find_checkpoint(tmp_path / "checkpoints")
+
+
+def test_going_back_never_deletes_the_new_checkpoint(workspace: Path, straight: Path, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(straight / "checkpoints", checkpoints)
+    back = ("--load", checkpoints / "iter_0000015", "--run-dir", tmp_path, "--exit-interval", 16, "--keep", 1)
+    result = run(workspace / "config.yaml", *back, "--save", checkpoints)
+    assert result.returncode == 2
+    assert "already holds checkpoints up to iter_0000020" in result.stderr
+    assert {path.name for path in checkpoints.iterdir()} == {"iter_0000015", "iter_0000020", TRACKER}
+    _drop_old(checkpoints, keep=1, latest=15)
+    assert {path.name for path in checkpoints.iterdir()} == {"iter_0000015", "iter_0000020", TRACKER}
+    _drop_old(checkpoints, keep=1, latest=20)
+    assert {path.name for path in checkpoints.iterdir()} == {"iter_0000020", TRACKER}
+
+
+def test_a_folder_that_not_all_ranks_share_is_one_line(workspace: Path, stopped: Path, tmp_path: Path) -> None:
+    """Rank 1 gets another working folder, in which the relative --load is empty."""
+    (tmp_path / "rank0").mkdir()
+    (tmp_path / "rank1").mkdir()
+    shutil.copytree(stopped / "checkpoints", tmp_path / "rank0" / "checkpoints")
+    port, words = free_port(), command(workspace / "config.yaml", "--save", "checkpoints", "--load", "checkpoints")
+    words = [str(ROOT / word) if word == ENTRY else word for word in words]
+    ranks = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = {**environment(), **{name: str(value) for name, value in place.items()}}
+        ranks.append(
+            subprocess.Popen(words, cwd=tmp_path / f"rank{rank}", env=variables, stderr=subprocess.PIPE, text=True)
+        )
+    _, message = ranks[0].communicate(timeout=100)
+    ranks[1].communicate(timeout=100)
+    assert [process.returncode for process in ranks] == [2, 2]
+    assert re.search(r"^error: rank 0 finds the checkpoint iter_00000[12]0 and rank 1 none; ", message, re.MULTILINE)
+
+
+def test_changed_settings_are_told(straight: Path, workspace: Path) -> None:
+    folder = straight / "checkpoints" / "iter_0000020"
+    config = arguments.load_yaml(workspace / "config.yaml").resolve()
+    config.training.seed, config.optimizer.clip_grad, config.optimizer.adam_eps = 7, 0.5, 1e-6
+    config.training.micro_batch_size, config.data.num_workers = 4, 3
+    assert checkpointing.changed_settings(folder, config) == [
+        "clip_grad was 1.0 in the checkpoint and is now 0.5",
+        "adam_eps was 1e-08 in the checkpoint and is now 1e-06",
+        "seed was 1234 in the checkpoint and is now 7",
+        "the order of the data may differ from here on",
+    ]
+
+
+def test_gradients_that_stay_non_finite_end_the_run(workspace: Path, tmp_path: Path) -> None:
+    """An absurd scale overflows the forward pass."""
+    flags = ("--run-dir", tmp_path, "--softmax-scale", "1e38", "--train-iters", 60, "--save", tmp_path / "checkpoints")
+    result = run(workspace / "config.yaml", *flags)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "20 steps in a row had a non-finite gradient" in result.stderr
+    assert not list((tmp_path / "checkpoints").glob("iter_*"))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["skipped"] > 0
+    assert rows[-1]["grad_norm"] is None
+
+
+def test_ranks_without_a_launcher_are_refused(workspace: Path) -> None:
+    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
+        result = subprocess.run(
+            command(workspace / "config.yaml"),
+            cwd=ROOT,
+            env={**environment(), name: "2"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 2
+        assert f"error: {name} is 2 but RANK is not set" in result.stderr
+
+
 def write_short_index(folder: Path, prefix: str) -> str:
     for suffix in (".bin", ".idx"):
         content = Path(prefix + suffix).read_bytes()
@@ -155,7 +278,9 @@ def write_short_index(folder: Path, prefix: str) -> str:
         (["--save", "/proc/nowhere"], ["--save /proc/nowhere", "cannot be written"]),
         (["--load", "{stopped}", "--num-layers", "2"], ["another architecture", "num_layers is 4 there, 2 here"]),
         (["--load", "{stopped}", "--optimizer", "adamw"], ["optimizer state of hyperp", "--optimizer hyperp"]),
+        (["--load", "{stopped}", "--radius-scale", "2"], ["other spheres: radius_scale is 1.0 there, 2.0 here"]),
         (["--load", "{folder}"], ["holds no checkpoint"]),
+        (["--tensorboard-dir", "/proc/nowhere"], ["--tensorboard-dir /proc/nowhere", "cannot be written"]),
         (["--save", "{stopped}"], ["already holds checkpoints", "--load {stopped}"]),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) and str(value[0]).startswith("--") else "",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import tempfile
 import traceback
 import typing
 from collections.abc import Callable
@@ -182,6 +183,9 @@ YAML_REFUSALS: list[tuple[str | bytes, str]] = [
     (b"\xff\xfe\xff", r"config .*config\.yaml is not YAML: "),
 ]
 
+SIZED = Path(tempfile.mkdtemp()) / "sized.yaml"
+SIZED.write_text("model: {num_layers: 4, kv_channels: 16}")
+
 FLAG_REFUSALS = [
     ("--hiden-size 5", r"unrecognized arguments: --hiden-size 5; did you mean --hidden-size\? \(--help lists"),
     ("--hidden_size 5", r"did you mean --hidden-size\?"),
@@ -197,6 +201,10 @@ FLAG_REFUSALS = [
     ("--train-iters " + 5000 * "9", "--train-iters is '9+'; it must be an integer"),
     ("--optimizer sgd", "--optimizer is 'sgd'; allowed are hyperp, muonh, muon, adamw"),
     ("--config absent.yaml", r"config absent\.yaml cannot be read: No such file or directory; check the path"),
+    (
+        f"--config {SIZED} --depth 8",
+        r"--depth 8 changes nothing in .*sized\.yaml, which sets num_layers, kv_channels; take those out",
+    ),
     ("--config .", r"config \. cannot be read: Is a directory; check the path"),
 ]
 

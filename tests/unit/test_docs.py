@@ -44,7 +44,9 @@ def tree_on_disk() -> set[str]:
         text=True,
         check=True,
     ).stdout.split()
-    files = {path for path in listed if not path.endswith(("__init__.py", "py.typed", ".md")) and (ROOT / path).exists()}
+    files = {
+        path for path in listed if not path.endswith(("__init__.py", "py.typed", ".md")) and (ROOT / path).exists()
+    }
     folders = {f"{parent}/" for path in files for parent in map(str, Path(path).parents) if parent != "."}
     return files | folders
 
