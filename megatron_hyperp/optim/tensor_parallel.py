@@ -215,10 +215,10 @@ class Machine:
     copy_bytes_per_s: float
 
 
-# Effective rates. CPU: one core of a two-core machine, gloo on loopback, checked by benchmarks/optimizer_step. CUDA:
+# Effective rates. CPU: one core of a two-core machine, gloo on loopback, fitted to benchmarks/optimizer_step. CUDA:
 # guesses from data sheets (H100 SXM, NVLink) until measured.
 MACHINES = {
-    "cpu": Machine(flops=45e9, bytes_per_s=0.7e9, latency=4e-4, copy_bytes_per_s=4e9),
+    "cpu": Machine(flops=90e9, bytes_per_s=0.5e9, latency=1.2e-3, copy_bytes_per_s=8e9),
     "cuda": Machine(flops=300e12, bytes_per_s=200e9, latency=3e-5, copy_bytes_per_s=1.5e12),
 }
 
