@@ -238,8 +238,9 @@ class HyperPOptimizer(MegatronOptimizer):
         for family, gradient in zip(self.families, gradients, strict=True):
             counted_elsewhere = not family.sharded and self.tp_group.rank() != 0
             copy_of_embedding = getattr(family.parameters[0], "shared", False)
-            if not counted_elsewhere and not copy_of_embedding:
-                total += (gradient * gradient).sum(dtype=torch.float64)
+            # A replica adds nothing, but what is not finite in it stays so (0 x inf is NaN) and skips the step too.
+            share = 0.0 if counted_elsewhere or copy_of_embedding else 1.0
+            total += share * (gradient * gradient).sum(dtype=torch.float64)
         dist.all_reduce(total, group=self.grad_stats_parallel_group)
         squared = total.item()
         return math.sqrt(squared) if math.isfinite(squared) else squared

@@ -87,9 +87,12 @@ def pretrain(config: Config, *, world_size: int) -> Progress:
     device.init_process_group(config.parallel.distributed_timeout_minutes)
     _agree(resume_from)
     trainer = Trainer(config, tokenizer, resume_from)
-    # Not in a finally: a rank that fails alone must not wait for the others in the process groups' destructors.
-    progress = trainer.train()
-    trainer.close()
+    try:
+        progress = trainer.train()
+    finally:
+        trainer.close_reports()
+    # Only after success: a rank that fails alone must not wait for the others in the process groups' destructors.
+    trainer.leave_groups()
     return progress
 
 
@@ -349,15 +352,17 @@ class Trainer:
         )
         self.console.print(f"saved {folder} in {time.monotonic() - started:.1f} s")
 
-    def close(self) -> None:
-        """Close the writers and leave the process groups."""
+    def close_reports(self) -> None:
+        """Stop the progress bar, flush and close what writes metrics."""
         self.console.stop_bar()
         self.writer.close()
+
+    def leave_groups(self) -> None:
+        """Destroy the process groups; every rank must come here."""
         from megatron.core import parallel_state
 
         parallel_state.destroy_model_parallel()
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 class Meter:

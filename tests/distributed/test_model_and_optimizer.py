@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def build_all(prefix: str, folder: str, world_size: int, ports: list[int]) -> di
                 if entry.radius is not None
             }
             results[model, layout] = (weights, spheres)
-            trainer.close()
+            trainer.close_reports()
+            trainer.leave_groups()
             del trainer
             gc.collect()  # process groups live on in the cycles of a dropped model, with their threads and sockets
     return results
@@ -108,6 +110,9 @@ def test_sphere_matrices_start_on_their_spheres(built: Any, model: str, layout: 
         assert norm / radius == pytest.approx(1.0, abs=tolerances.RADIUS_DRIFT), name
 
 
+ROLE_OF_BAD = {True: "output", False: "vector"}
+
+
 def step_with_bad_gradients(prefix: str, folder: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """Plant a NaN on the last rank alone, then an Inf, then step cleanly."""
     from megatron_hyperp import device
@@ -125,14 +130,17 @@ def step_with_bad_gradients(prefix: str, folder: str, overrides: dict[str, Any])
         states = [value.clone() for family in trainer.optimizer.families for value in family.state.values()]
         trainer._forward_backward(batches, forward_only=False)
         if bad is not None and rank == world_size - 1:
-            trainer.optimizer.families[-1].routes[0].parameter.main_grad.view(-1)[0] = bad
+            # The NaN in a sharded matrix, the Inf in a replicated gain that this rank does not count in the norm.
+            family = next(f for f in trainer.optimizer.families if f.routes[0].role == ROLE_OF_BAD[math.isnan(bad)])
+            family.routes[0].parameter.main_grad.view(-1)[0] = bad
         success, _, _ = trainer.optimizer.step()
         after = [family.master for family in trainer.optimizer.families]
         states_after = [value for family in trainer.optimizer.families for value in family.state.values()]
         unchanged = all(torch.equal(a, b) for a, b in zip(before + states, after + states_after, strict=True))
         taken.append((success, unchanged))
     counters = trainer.optimizer.state_dict()
-    trainer.close()
+    trainer.close_reports()
+    trainer.leave_groups()
     return {"taken": taken, "counters": counters}
 
 
