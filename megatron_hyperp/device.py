@@ -130,8 +130,6 @@ def _quiet_megatron() -> None:
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"megatron\.core.*")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    # It logs the traceback of what it also raises.
-    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.CRITICAL)
 
 
 class _Stream:

@@ -7,6 +7,7 @@ file, so that a killed save never becomes the latest. Its ``config.yaml`` is the
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 import random
 import re
@@ -253,6 +254,8 @@ def load_checkpoint(folder: Path, chunks: list[torch.nn.Module], optimizer: Any)
     from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint.api import CheckpointException
 
+    # Torch logs the traceback of what it then raises, which is told below in one line.
+    logging.disable(logging.WARNING)
     try:
         same_layout = dist_checkpointing.load_common_state_dict(str(folder)).get("layout") == _layout()
         state = _sharded_state(chunks, optimizer, with_random_state=same_layout)
@@ -265,6 +268,8 @@ def load_checkpoint(folder: Path, chunks: list[torch.nn.Module], optimizer: Any)
             f"the checkpoint {folder} cannot be read ({type(reason).__name__}: {_first_line(reason)}), unless another"
             " rank failed first; name an older one with --load"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
     for index, chunk in enumerate(chunks):
         _model(chunk).load_state_dict(loaded[f"model{index}"])
     optimizer.load_state_dict(loaded["optimizer"])
