@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up, then pretrain a small HyperP model on text that is on this machine, with two tensor-parallel ranks:
 # install into .venv, train a tokenizer, make a corpus, train half way, resume, draw the run.
-# Further arguments go to the training, for example: bash examples/quickstart.sh --optimizer adamw
+# Further arguments go to the training, for example: bash examples/quickstart.sh --optimizer adamw --eta0 0.003
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=runs/quickstart
@@ -46,7 +46,7 @@ Done in $((SECONDS - started)) s. In $run:
   report.png     loss, learning rate, gradient norm, radius drift     metrics.jsonl  the same as numbers
   config.yaml    every setting, as resolved                           checkpoints/   any TP and PP can load them
 Next:
-  a baseline     bash examples/quickstart.sh --optimizer adamw
+  a baseline     bash examples/quickstart.sh --optimizer adamw --eta0 0.003
   your text      .venv/bin/python tools/preprocess_data.py --help
   the paper      .venv/bin/python examples/pretrain_gpt.py --help    (--depth 8 is its base model)
 END

@@ -28,12 +28,7 @@ TRACKER = "latest_checkpointed_iteration.txt"
 CONFIG_FILE = "config.yaml"
 # What must agree for weights to fit: everything the forward pass depends on.
 ARCHITECTURE = (
-    "num_layers",
-    "hidden_size",
-    "ffn_hidden_size",
-    "num_attention_heads",
-    "num_query_groups",
-    "kv_channels",
+    *arguments.DERIVED_SIZES,
     "vocab_size",
     "qk_layernorm",
     "untie_embeddings_and_output_weights",
@@ -43,8 +38,6 @@ ARCHITECTURE = (
     "residual_multiplier",
     "logits_multiplier",
 )
-
-
 # Settings that fix the spheres: on other ones a run would rescale every weight at its first step.
 SPHERES = (("optimizer", "radius_scale"), ("model", "output_init_std"))
 # Sections that decide the course of training, with their fields that do not.

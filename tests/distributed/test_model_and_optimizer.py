@@ -36,7 +36,8 @@ def build_all(prefix: str, folder: str, world_size: int, ports: list[int]) -> di
     """Return, by model and layout, this rank's initial weights and masters with how they are split."""
     from megatron_hyperp import device
     from megatron_hyperp.parameters import named_parameters, partition_dim
-    from megatron_hyperp.training.loop import Trainer, check
+    from megatron_hyperp.training.loop import Trainer
+    from megatron_hyperp.training.preflight import check
 
     results = {}
     for model, model_fields in MODELS.items():
@@ -116,7 +117,8 @@ ROLE_OF_BAD = {True: "output", False: "vector"}
 def step_with_bad_gradients(prefix: str, folder: str, overrides: dict[str, Any]) -> dict[str, Any]:
     """Plant a NaN on the last rank alone, then an Inf, then step cleanly."""
     from megatron_hyperp import device
-    from megatron_hyperp.training.loop import Trainer, check
+    from megatron_hyperp.training.loop import Trainer
+    from megatron_hyperp.training.preflight import check
 
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     config, tokenizer, _ = check(toy_config(prefix, Path(folder), **overrides), world_size)

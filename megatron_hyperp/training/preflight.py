@@ -1,0 +1,76 @@
+"""What is looked at before training: everything on disk before any process group exists, then that all ranks agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_hyperp import device
+from megatron_hyperp.config import Config
+from megatron_hyperp.data import loader
+from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
+from megatron_hyperp.data.tokenizer import load_tokenizer
+from megatron_hyperp.errors import UsageError
+from megatron_hyperp.training import checkpointing
+
+
+def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
+    """Resolve the config and look at everything on disk, before any process group exists.
+
+    Returns:
+        The resolved config, the tokenizer, and the checkpoint to resume from.
+
+    Raises:
+        UsageError: anything that cannot run.
+    """
+    device.check_ranks()
+    if not config.data.data_path:
+        raise UsageError(
+            "no data; give --data-path PREFIX (tools/preprocess_data.py makes one)", same_on_all_ranks=True
+        )
+    if not config.data.tokenizer_model:
+        raise UsageError("no tokenizer; give the --tokenizer-model the data was made with", same_on_all_ranks=True)
+    tokenizer = load_tokenizer(config.data.tokenizer_model)
+    config = config.resolve(world_size=world_size, tokenizer_vocab_size=tokenizer.vocab_size)
+    for _, prefix in loader.parse_blend(config.data.data_path):
+        check_prefix(prefix)
+        check_vocabulary(prefix, config.model.vocab_size)
+    checkpointing.check_writable(config.logging.run_dir, "--run-dir")
+    if config.logging.tensorboard_dir:
+        checkpointing.check_writable(config.logging.tensorboard_dir, "--tensorboard-dir")
+    if config.checkpoint.save:
+        checkpointing.check_writable(config.checkpoint.save, "--save")
+    return config, tokenizer, _checkpoint_to_load(config)
+
+
+def _checkpoint_to_load(config: Config) -> Path | None:
+    load, save = config.checkpoint.load, config.checkpoint.save
+    folder = None
+    if load is not None:
+        folder = checkpointing.find_checkpoint(load)
+        if folder is None and (save is None or Path(load).resolve() != Path(save).resolve()):
+            raise UsageError(f"--load {load} holds no checkpoint; give a folder that does, or leave it out")
+    if save is not None:
+        checkpointing.check_save_folder(save, folder)
+    if folder is not None:
+        checkpointing.check_compatible(folder, config)
+    return folder
+
+
+def agree(resume_from: Path | None) -> None:
+    """See that every rank found the same checkpoint, before those that did wait for those that did not.
+
+    Raises:
+        UsageError: some ranks see another one or none: the folder is not shared.
+    """
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, resume_from.name if resume_from else "none")
+    if len(set(found)) > 1:
+        other = next(rank for rank, name in enumerate(found) if name != found[0])
+        raise UsageError(
+            f"rank 0 finds the checkpoint {found[0]} and rank {other} {found[other]}; --load and --save must name a"
+            " folder that all nodes share",
+            same_on_all_ranks=True,
+        )
