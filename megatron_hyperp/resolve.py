@@ -274,3 +274,5 @@ def _check_newton_schulz(config: Config) -> None:
     for flag, value in (("--ns-form", options.ns_form), ("--ns-strategy", options.ns_strategy)):
         if value == "gram" and options.ns_dtype == "bf16":
             raise UsageError(f"{flag} gram loses accuracy with --ns-dtype bf16; give fp16 or fp32, or leave it out")
+    if options.ns_form == "standard" and options.ns_strategy == "gram":
+        raise UsageError("--ns-strategy gram iterates in Gram form, which --ns-form standard rules out; leave one out")

@@ -66,7 +66,7 @@ class NewtonSchulz:
     """How to orthogonalize: schedule, precision and form; a call does it.
 
     The Gram form (Dao-AILab, gram-newton-schulz) iterates on R = X X^T alone and multiplies X once at the end; it needs
-    fewer FLOPs for matrices more than 1.5 times as long as wide, nearly all of them on symmetric matrices.
+    fewer FLOPs for matrices more than 1.5 times as long as wide (1.2 times where symmetric products are mirrored).
 
     Attributes:
         steps: Newton-Schulz steps.

@@ -336,6 +336,7 @@ REFUSALS = [
     Refusal(SMALL.replace(" --train-iters 20", ""), "how long", "give --train-iters or --train-tokens"),
     Refusal(f"{SMALL} --lr 0.1 --min-lr 0.2", "--min-lr 0.2 .*rate 0.1", "lower it"),
     Refusal(f"{SMALL} --ns-form gram --ns-dtype bf16", "--ns-form gram .*bf16", "give fp16 or fp32"),
+    Refusal(f"{SMALL} --ns-strategy gram --ns-form standard", "--ns-strategy gram .*standard", "leave one out"),
     Refusal(f"{SMALL} --ns-strategy gram --ns-dtype bf16", "--ns-strategy gram .*bf16", "give fp16 or fp32"),
     Refusal(f"{SMALL} --lr-warmup-iters 20", "--lr-warmup-iters 20 .*20 iterations", "give 19 at most"),
     Refusal(
