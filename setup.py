@@ -37,5 +37,7 @@ setup(
         "convert": ["transformers>=5", "safetensors"],
         # Wheels of TransformerEngine need CUDA. NVIDIA's apex is not on PyPI (the "apex" there is something else).
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        # Symmetric products on Hopper and later. With a PyTorch built for CUDA 13: quack-kernels[cu13].
+        "kernels": ["quack-kernels>=0.6,<0.7"],
     },
 )

@@ -78,6 +78,17 @@ class ParallelConfig:
         1, "model chunks per pipeline stage (interleaved schedule)", POSITIVE
     )
     sequence_parallel: bool = knob(False, "split the sequence over the tensor-parallel ranks between matrices")
+    overlap_grad_reduce: bool | None = knob(
+        None, "reduce gradients to their owners during the backward pass [under CUDA, where streams allow it]"
+    )
+    overlap_param_gather: bool | None = knob(
+        None, "gather new weights from their owners during the next forward pass [under CUDA]"
+    )
+    ddp_bucket_size: int = knob(
+        0,
+        "elements from which on a bucket of gradients is closed, once its owners are balanced"
+        " [the larger of 40M and 1M x data-parallel ranks, or all in one without --overlap-grad-reduce]",
+    )
     distributed_timeout_minutes: int = knob(10, "a collective that waits longer ends the job", POSITIVE)
 
 
@@ -97,6 +108,12 @@ class OptimizerConfig:
     clip_grad: float = knob(1.0, "largest global gradient norm; 0 switches clipping off")
     muon_momentum: float = knob(0.95, "momentum mu of Muon", FRACTION)
     muon_nesterov: bool = knob(True, "orthogonalize mu M + G rather than M")
+    momentum_dtype: Literal["fp32", "bf16"] = knob("fp32", "precision in which Muon's momentum is kept")
+    matrix_split: Literal["fused", "component", "head"] = knob(
+        "fused",
+        "what is one matrix on one sphere: the fused QKV and gate/up weights (as in the paper), each of their"
+        " components, or each head of QKV",
+    )
     ns_steps: int = knob(5, "Newton-Schulz steps", POSITIVE)
     ns_coefficients: Literal["quintic", "polar_express"] = knob("quintic", "coefficient set of Newton-Schulz")
     ns_form: Literal["auto", "standard", "gram"] = knob(
@@ -108,12 +125,22 @@ class OptimizerConfig:
     ns_dtype: Literal["auto", "fp32", "bf16", "fp16"] = knob(
         "auto", "precision of Newton-Schulz [bf16 under CUDA, fp16 there with gram; fp32 on CPU, where half is slower]"
     )
+    ns_backend: Literal["torch", "quack"] = knob(
+        "torch",
+        "what computes Newton-Schulz's symmetric products: torch, or quack's kernels (Hopper or later, fp16 or bf16,"
+        " pip install megatron-hyperp[kernels])",
+    )
     radius_scale: float = knob(1.0, "factor on the radii of all MuonH matrices", POSITIVE)
     adam_beta1: float = knob(0.9, "decay of Adam's first moment", FRACTION)
     adam_beta2: float = knob(0.95, "decay of Adam's second moment", FRACTION)
     adam_eps: float = knob(1e-8, "epsilon of Adam", POSITIVE)
     embedding_lr_mult: float = knob(1.0, "factor on the learning rate of the token embedding")
     adam_lr_mult: float = knob(1.0, "factor on the learning rate of norm gains, biases and the output layer")
+
+    @property
+    def asks_for_gram(self) -> bool:
+        """Whether Newton-Schulz is to run in Gram form, for which bf16 is too coarse."""
+        return "gram" in (self.ns_form, self.ns_strategy)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -34,6 +34,11 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_cuda() else _CPU
 
 
+def compute_capability() -> tuple[int, int] | None:
+    """Compute capability of this rank's GPU, (9, 0) for Hopper; None on CPU."""
+    return torch.cuda.get_device_capability() if has_cuda() else None
+
+
 def check_ranks() -> None:
     """See that this rank has a device of its own.
 
@@ -94,6 +99,11 @@ def megatron_settings() -> dict[str, Any]:
     """TransformerConfig fields that depend on the device."""
     # An output is freed as soon as its send has started. Streams order that under CUDA; gloo may still be reading it.
     return {"use_cpu_initialization": not has_cuda(), "deallocate_pipeline_outputs": has_cuda()}
+
+
+def overlaps(asked: bool | None) -> bool:
+    """Whether communication runs beside computation: as asked, else where streams make it pay."""
+    return has_cuda() if asked is None else asked
 
 
 def synchronize() -> None:

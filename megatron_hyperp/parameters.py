@@ -1,14 +1,17 @@
-"""What a Megatron-Core parameter is: its name in the whole model, its role, its global shape."""
+"""What a Megatron-Core parameter is: its name in the whole model, its role, its global shape, the parts of it."""
 
 from __future__ import annotations
 
 import fnmatch
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 
+# Partition dimensions besides 0 and 1: every tensor-parallel rank holds the same matrix, or one of its own.
 REPLICATED = -1
+DISTINCT = -2
 
 # Roles by name; tests check that every parameter of every model has exactly one.
 ROLES: dict[str, tuple[str, ...]] = {
@@ -67,3 +70,70 @@ def global_shape(parameter: torch.Tensor, tensor_parallel_size: int) -> tuple[in
     """Return the shape of the parameter of which this rank holds a part."""
     split = partition_dim(parameter)
     return tuple(size * tensor_parallel_size if dim == split else size for dim, size in enumerate(parameter.shape))
+
+
+def is_expert(parameter: torch.Tensor) -> bool:
+    """Whether the parameter belongs to an expert, which Megatron-Core reduces over the expert-data-parallel group."""
+    return not getattr(parameter, "allreduce", True)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A part of a rank's parameter [d_out, d_in]: the same rows of each of several equal groups of rows.
+
+    The groups are the key-value groups of a fused QKV weight; anywhere else there is one. A vector counts as [n, 1].
+
+    Attributes:
+        groups: equal groups into which the parameter's rows are cut.
+        start: first row, within each group.
+        rows: rows, within each group.
+        column: first column.
+        columns: columns.
+    """
+
+    groups: int
+    start: int
+    rows: int
+    column: int
+    columns: int
+
+    @classmethod
+    def whole(cls, parameter: torch.Tensor) -> Block:
+        """The whole parameter."""
+        return cls(1, 0, parameter.shape[0], 0, parameter.shape[1] if parameter.ndim > 1 else 1)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of the matrix that the block is."""
+        return self.groups * self.rows, self.columns
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return self.groups * self.rows * self.columns
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the block of a contiguous tensor of the parameter's shape, as a view [groups, rows, columns]."""
+        grouped = tensor.view(self.groups, len(tensor) // self.groups, -1)
+        rows = grouped.narrow(1, self.start, self.rows)
+        return rows.narrow(2, self.column, self.columns)
+
+    def matrix(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the block as a matrix of :attr:`shape`; a view where memory allows it, else a copy."""
+        return self.of(tensor).reshape(self.shape)
+
+    def cut(self, dim: int, parts: int) -> list[Block]:
+        """Cut the block along its rows (0) or columns (1) into parts of equal size; the last ones may lack some.
+
+        Empty parts are left out.
+        """
+        length = self.rows if dim == 0 else self.columns
+        size = -(-length // parts)
+        result = []
+        for low in range(0, length, size):
+            taken = min(size, length - low)
+            if dim == 0:
+                result.append(replace(self, start=self.start + low, rows=taken))
+            else:
+                result.append(replace(self, column=self.column + low, columns=taken))
+        return result

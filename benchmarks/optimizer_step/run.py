@@ -3,9 +3,12 @@
 Each family is orthogonalized by every strategy and by two baselines written the way other codebases do it: all-gather
 and redundant Newton-Schulz, matrix by matrix; and one Gram all-reduce per iteration and matrix. AdamW on the same
 shards shows the scale. Medians over repetitions; every ratio is within the run.
+
+``--gpu`` times Newton-Schulz alone, of full-size matrices on one GPU, in each form and backend, beside a plain matmul.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import time
@@ -16,8 +19,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from megatron_hyperp import device
 from megatron_hyperp.errors import UsageError, run_command
-from megatron_hyperp.optim.orthogonalize import NewtonSchulz, coefficient_schedule
+from megatron_hyperp.optim.orthogonalize import BACKENDS, NewtonSchulz, check_backend, coefficient_schedule
 from megatron_hyperp.optim.tensor_parallel import STRATEGIES, Job, choose, costs, machine_of, orthogonalize_family
 
 # (count, rows, columns, sharded dimension) of families. "design" is the shape of the claims; the others are the paper's
@@ -31,6 +35,19 @@ FAMILIES = {
     "odd": [(3, 1024, 256, 0), (1, 2048, 512, 0), (5, 256, 1024, 0), (4, 256, 256, -1)],
 }
 Family = tuple[int, int, int, int]
+
+# (count, rows, columns) of the paper's models at full width, in the order above. Counts are what one GPU may own: eight
+# layers, or the 64 experts (sparsity 8, granularity 8) of one layer.
+GPU_FAMILIES = {
+    "d8": [(8, 3072, 1024), (8, 1024, 2048), (8, 8192, 1024), (8, 1024, 4096)],
+    "d24": [(8, 7168, 3072), (8, 3072, 6144), (8, 24576, 3072), (8, 3072, 12288)],
+    "moe-d8": [(64, 1024, 1024), (64, 1024, 512)],
+    "moe-d24": [(64, 3072, 3072), (64, 3072, 1536)],
+}
+# Side of the plain matmul: large enough to run at the device's best rate.
+MATMUL_SIZE = 8192
+# Calls before the first that is timed: kernels are compiled and chosen, and memory is allocated, in the first.
+WARM_UPS = 3
 
 
 def redundant_per_matrix(shards: torch.Tensor, split: int, group: dist.ProcessGroup) -> torch.Tensor:
@@ -137,18 +154,82 @@ def work(rank: int, ranks: int, families: list[Family], repeats: int, port: str)
     dist.destroy_process_group()
 
 
+def gpu_methods() -> dict[str, NewtonSchulz]:
+    """Return standard bf16 and Gram fp16 on each backend; say which backend cannot run."""
+    methods = {}
+    for backend in BACKENDS:
+        try:
+            check_backend(backend, torch.bfloat16)
+        except UsageError as error:
+            print(f"left out: {error}")
+            continue
+        methods[f"standard bf16 {backend}"] = NewtonSchulz(dtype=torch.bfloat16, form="standard", backend=backend)
+        methods[f"gram fp16 {backend}"] = NewtonSchulz(dtype=torch.float16, form="gram", backend=backend)
+    return methods
+
+
+def gpu_milliseconds(function: Callable[[], object], repeats: int) -> float:
+    """Median time of a call on the GPU; calls are queued without waiting, so launching one overlaps the one before."""
+    for _ in range(WARM_UPS):
+        function()
+    torch.cuda.synchronize()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        function()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in itertools.pairwise(marks))
+
+
+def gpu_report(family: tuple[int, int, int], methods: dict[str, NewtonSchulz], repeats: int) -> str:
+    """Return one family's block of the table: fp32 in and out, casts and normalization timed but not counted as FLOPs.
+
+    The plain matmul is timed with each family, since a GPU's clock falls as it warms up.
+    """
+    count, rows, columns = family
+    left, right = torch.randn(2, MATMUL_SIZE, MATMUL_SIZE, dtype=torch.bfloat16, device=device.device())
+    plain = 2 * MATMUL_SIZE**3 / gpu_milliseconds(lambda: left @ right, repeats) / 1e9
+    lines = [f"{count} x [{rows}, {columns}]: a plain bf16 matmul of {MATMUL_SIZE} squared runs at {plain:.1f} TFLOP/s"]
+    x = torch.randn(count, rows, columns, device=device.device())
+    spent = {name: gpu_milliseconds(partial(ns, x), repeats) for name, ns in methods.items()}
+    first, *_ = spent
+    for name, ns in methods.items():
+        rate = count * ns.flops(rows, columns, ns.form) / spent[name] / 1e9
+        lines.append(
+            f"  {name:20s} {spent[name]:9.3f} ms  {rate:7.1f} TFLOP/s, {rate / plain:5.2f} of the matmul's"
+            f"  {spent[first] / spent[name]:5.2f} x as fast as {first}"
+        )
+    return "\n".join(lines)
+
+
 def main(argv: list[str]) -> None:
     """Measure the chosen families."""
-    parser = argparse.ArgumentParser(description="Time Newton-Schulz strategies over tensor-parallel ranks on gloo.")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="tensor-parallel sizes [2 4]")
-    parser.add_argument("--families", nargs="+", default=["design"], help=f"of {', '.join(FAMILIES)} [design]")
+    parser = argparse.ArgumentParser(
+        description="Time Newton-Schulz: strategies over tensor-parallel ranks, or forms and backends on one GPU."
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="tensor-parallel sizes [2 4]")
+    where.add_argument("--gpu", action="store_true", help="time forms and backends on one GPU instead")
+    names = f"of {', '.join(FAMILIES)} [design]; with --gpu of {', '.join(GPU_FAMILIES)} [all]"
+    parser.add_argument("--families", nargs="+", help=names)
     parser.add_argument("--repeats", type=int, default=5, help="repetitions of which the median counts [5]")
     parser.add_argument("--port", default="29577", help="TCP port for the ranks [29577]")
     options = parser.parse_args(argv)
-    unknown = [name for name in options.families if name not in FAMILIES]
+    if options.gpu and not device.has_cuda():
+        raise UsageError("--gpu needs a CUDA device, and there is none here; leave it out to time the ranks on CPU")
+    known = list(GPU_FAMILIES if options.gpu else FAMILIES)
+    chosen = options.families or (known if options.gpu else ["design"])
+    unknown = [name for name in chosen if name not in known]
     if unknown:
-        raise UsageError(f"--families {unknown[0]} is unknown; known are {', '.join(FAMILIES)}")
-    families = [family for name in options.families for family in FAMILIES[name]]
+        raise UsageError(f"--families {unknown[0]} is unknown; known are {', '.join(known)}")
+    if options.gpu:
+        print(f"{device.describe()}; torch {torch.__version__}")
+        methods = gpu_methods()
+        for family in (family for name in chosen for family in GPU_FAMILIES[name]):
+            print(gpu_report(family, methods, options.repeats), flush=True)
+        return
+    families = [family for name in chosen for family in FAMILIES[name]]
     for ranks in options.ranks:
         mp.spawn(work, (ranks, families, options.repeats, options.port), nprocs=ranks)
 

@@ -1,4 +1,4 @@
-"""Build this rank's part of the model, wrapped for data parallelism."""
+"""Build this rank's part of the model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -73,20 +72,17 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def build_model(config: Config) -> list[DistributedDataParallel]:
-    """Build, initialize and wrap the pipeline chunks that this rank holds; Megatron's process groups must exist."""
-    core_config = transformer_config(config)
+def build_model(config: Config, core_config: TransformerConfig) -> list[torch.nn.Module]:
+    """Build and initialize the pipeline chunks that this rank holds; Megatron's process groups must exist."""
     virtual = config.parallel.num_virtual_stages_per_pipeline_rank
-    chunks = []
+    chunks: list[torch.nn.Module] = []
     for index in range(virtual):
         vp_stage = index if virtual > 1 else None
-        module = _build_chunk(config, core_config, vp_stage).to(device.device())
+        module: torch.nn.Module = _build_chunk(config, core_config, vp_stage).to(device.device())
         initialize(module, config)
         if config.training.bf16:
             module = Float16Module(core_config, module)
-        chunks.append(_wrap(core_config, module, first=index == 0))
-    core_config.finalize_model_grads_func = finalize_model_grads
-    core_config.no_sync_func = [chunk.no_sync for chunk in chunks] if virtual > 1 else chunks[0].no_sync
+        chunks.append(module)
     return chunks
 
 
@@ -120,9 +116,3 @@ def _scale_input(multiplier: float) -> Any:
         return (inputs[0] * multiplier, *inputs[1:])
 
     return hook
-
-
-def _wrap(core_config: TransformerConfig, module: torch.nn.Module, *, first: bool) -> DistributedDataParallel:
-    ddp_config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, check_for_nan_in_grad=False)
-    # As in Megatron-LM: only the first chunk's gradients are worth cutting into buckets.
-    return DistributedDataParallel(core_config, ddp_config, module, disable_bucketing=not first)

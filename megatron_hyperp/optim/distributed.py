@@ -1,85 +1,48 @@
 """The HyperP optimizer of a Megatron-Core job, and the baselines it is compared with.
 
-Parameters of one rule, shape and partition dimension form a family: one fp32 master copy, one momentum and one batch
-of work, [count, rows, columns]. Gradients arrive reduced over the data-parallel ranks, each of which takes the same
-step. Norms are of global matrices: one all-reduce of three numbers per matrix serves the whole model.
+Each data-parallel rank keeps the fp32 weights and the state of what it owns (``ownership.py``), gets reduced gradients
+for that alone, takes the step on it, and all ranks gather the new weights (``data_parallel.py``). What a rank owns of
+one rule and shape forms a family: one fp32 master copy, one momentum and one batch of work, [count, rows, columns].
+Norms are of global matrices: one all-reduce of three numbers per matrix serves the whole model.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedStateDict
-from megatron.core.dist_checkpointing.optimizer import get_param_id_to_sharded_param_map, make_sharded_optimizer_tensor
+from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_hyperp import device
 from megatron_hyperp.config import Config, width_multiplier
 from megatron_hyperp.optim import sphere
 from megatron_hyperp.optim.adamh import adam_direction_
+from megatron_hyperp.optim.buckets import Share
+from megatron_hyperp.optim.checkpoint import sharded_state, sharded_weights
+from megatron_hyperp.optim.data_parallel import DataParallel
+from megatron_hyperp.optim.domains import Domain, domains_of
+from megatron_hyperp.optim.families import Family, families_of
 from megatron_hyperp.optim.muonh import momentum_
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
-from megatron_hyperp.optim.routing import SPHERE_RULES, Route, describe, route
+from megatron_hyperp.optim.routing import SPHERE_RULES, Heads, describe, route
 from megatron_hyperp.optim.tensor_parallel import Job, machine_of, orthogonalize_family
 from megatron_hyperp.optim.tensor_parallel import describe as describe_strategies
-from megatron_hyperp.parameters import REPLICATED, named_parameters
-
-STATES = {
-    "muonh": ("momentum_buffer",),
-    "muon": ("momentum_buffer",),
-    "adamh": ("exp_avg", "exp_avg_sq"),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-}
-
-
-@dataclass(slots=True)
-class Family:
-    """Parameters that are updated as one batch.
-
-    Attributes:
-        routes: its parameters, all alike but for their names.
-        group: the ``param_groups`` entry with its learning rate and weight decay.
-        master: fp32 weights [count, *local shape].
-        state: fp32 optimizer state by name, each of the master's shape.
-        radii: [count] float64; empty off the sphere.
-    """
-
-    routes: list[Route]
-    group: dict[str, Any]
-    master: torch.Tensor
-    state: dict[str, torch.Tensor] = field(default_factory=dict)
-    radii: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-
-    @property
-    def rule(self) -> str:
-        """The update rule of all its parameters."""
-        return self.routes[0].rule
-
-    @property
-    def sharded(self) -> bool:
-        """Whether each tensor-parallel rank holds a part of every matrix."""
-        return self.routes[0].partition_dim != REPLICATED
-
-    @property
-    def parameters(self) -> list[torch.nn.Parameter]:
-        """The model's tensors."""
-        return [entry.parameter for entry in self.routes]
+from megatron_hyperp.parameters import DISTINCT, named_parameters
 
 
 class HyperPOptimizer(MegatronOptimizer):
-    """MuonH, AdamH and AdamW (or a baseline) for this rank's part of the model.
+    """MuonH, AdamH and AdamW (or a baseline) for what this rank owns of its part of the model.
 
     Args:
-        routes: every trainable parameter with its rule.
+        domains: every trainable parameter with its rule and owner.
         config: resolved config.
-        tp_group: ranks that share sharded matrices.
-        model_parallel_group: ranks that together hold the model once (tensor x pipeline).
+        chunks: the pipeline chunks, laid out by the same owners.
+        newton_schulz: what is done to the momenta of matrices.
     """
 
     # The learning-rate scheduler's view of the families; takes the place of the base class's property.
@@ -87,73 +50,82 @@ class HyperPOptimizer(MegatronOptimizer):
 
     def __init__(
         self,
-        routes: Sequence[Route],
+        domains: Sequence[Domain],
         config: Config,
         *,
-        tp_group: dist.ProcessGroup,
-        model_parallel_group: dist.ProcessGroup,
+        chunks: Sequence[DataParallel],
+        newton_schulz: NewtonSchulz,
     ) -> None:
         # MegatronOptimizer's constructor takes a torch optimizer; the families below stand in its place.
         self.config = config.optimizer
-        self.routes = list(routes)
-        self.tp_group = tp_group
-        self.grad_stats_parallel_group = model_parallel_group
+        self.domains = list(domains)
+        self.chunks = list(chunks)
+        self.newton_schulz = newton_schulz
         self.is_stub_optimizer = False
         self.steps_taken = 0
         self.steps_skipped = 0
-        self.param_groups = []
-        self.families = [self._family(alike, config) for alike in _alike(self.routes)]
-        options = self.config
-        gram = "gram" in (options.ns_form, options.ns_strategy)
-        self.newton_schulz = NewtonSchulz(
-            steps=options.ns_steps,
-            coefficients=options.ns_coefficients,
-            dtype=device.newton_schulz_dtype(options.ns_dtype, gram=gram),
-            form=options.ns_form,
-        )
+        momentum_dtype = torch.bfloat16 if self.config.momentum_dtype == "bf16" else torch.float32
+        self.families = [family for domain in self.domains for family in families_of(domain, momentum_dtype)]
+        for family in self.families:
+            self._set_schedule(family, config.learning_rate().value)
+        self.param_groups = [family.group for family in self.families]
         self.reload_model_params()
 
-    def _family(self, routes: list[Route], config: Config) -> Family:
-        first = routes[0]
-        peak = config.learning_rate().value * first.lr_mult
+    def get_grad_stats_parallel_group(self) -> dist.ProcessGroup:
+        """Return the ranks whose parts together are the model once: every rank owns something of its own."""
+        assert dist.group.WORLD is not None
+        return dist.group.WORLD
+
+    def _set_schedule(self, family: Family, peak: float) -> None:
+        """Fill in what Megatron-Core's OptimizerParamScheduler reads."""
+        first = family.routes[0]
         minimum = (self.config.min_lr or 0.0) * first.lr_mult
-        # The fields that Megatron-Core's OptimizerParamScheduler reads and writes.
-        group = {"max_lr": peak, "min_lr": minimum, "lr": peak, "wd_mult": float(first.decays), "weight_decay": 0.0}
-        self.param_groups.append(group)
-        master = torch.stack([entry.parameter.detach().float() for entry in routes])
-        # State is created here and now: made at the first step it could differ between ranks and hang a checkpoint.
-        state = {name: torch.zeros_like(master) for name in STATES[first.rule]}
-        radii = torch.tensor([entry.radius for entry in routes if entry.radius is not None], dtype=torch.float64)
-        return Family(routes, group, master, state, radii.to(master.device))
+        family.group.update(max_lr=peak * first.lr_mult, min_lr=minimum, lr=peak * first.lr_mult)
+        family.group.update(wd_mult=float(first.decays), weight_decay=0.0)
 
     @torch.no_grad()
     def reload_model_params(self, state_dict: Any = None) -> None:
         """Take the model's weights as new masters and put the sphere matrices exactly on their spheres."""
         del state_dict
         for family in self.families:
-            torch.stack([parameter.detach().float() for parameter in family.parameters], out=family.master)
+            for master, weight in zip(family.master, family.weights(), strict=True):
+                master.view(weight.shape).copy_(weight)
         for family, squares in zip(self._on_sphere(), self._squared_norms(), strict=True):
             family.master.mul_((family.radii / squares.sqrt()).to(family.master.dtype)[:, None, None])
-        self._copy_to_model()
+        self._update_model()
 
     def _on_sphere(self) -> list[Family]:
         return [family for family in self.families if family.rule in SPHERE_RULES]
 
     def _squared_norms(self) -> list[torch.Tensor]:
         """Return ||W||^2 of the global matrices of every family on the sphere."""
-        families = self._on_sphere()
-        squares = [(family.master * family.master).sum(dim=(1, 2), dtype=torch.float64)[:, None] for family in families]
-        return [value[:, 0] for value in self._reduce_over_shards(families, squares)]
+        squares = [
+            (family.master * family.master).sum(dim=(1, 2), dtype=torch.float64)[:, None]
+            for family in self._on_sphere()
+        ]
+        return [value[:, 0] for value in self._sum_over_parts(squares, width=1)]
 
-    def _reduce_over_shards(self, families: list[Family], values: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Sum [count, k] values of sharded families over the tensor-parallel ranks, all in one all-reduce."""
-        sharded = [value for family, value in zip(families, values, strict=True) if family.sharded]
-        if self.tp_group.size() == 1 or not sharded:
-            return values
-        summed = torch.cat(sharded)
-        dist.all_reduce(summed, group=self.tp_group)
-        parts = iter(summed.split([len(value) for value in sharded]))
-        return [next(parts) if family.sharded else value for family, value in zip(families, values, strict=True)]
+    def _sum_over_parts(self, values: list[torch.Tensor], *, width: int) -> list[torch.Tensor]:
+        """Sum [count, width] values of the families on the sphere over the ranks that hold parts of their matrices.
+
+        All matrices of the model part take one all-reduce. Each has a place in it, so that sums do not depend on how
+        many ranks add nothing.
+        """
+        families = self._on_sphere()
+        result = list(values)
+        for domain in self.domains:
+            places = len(domain.places())
+            if not places or domain.both.size() == 1:
+                continue
+            summed = torch.zeros((places, width), dtype=torch.float64, device=device.device())
+            partial = [index for index, family in enumerate(families) if family.domain is domain and len(family.places)]
+            for index in partial:
+                if families[index].counts:
+                    summed[families[index].places] = values[index]
+            dist.all_reduce(summed, group=domain.both)
+            for index in partial:
+                result[index] = summed[families[index].places]
+        return result
 
     @torch.no_grad()
     def step(self) -> tuple[bool, float, None]:
@@ -163,7 +135,7 @@ class HyperPOptimizer(MegatronOptimizer):
             Whether it was taken (a non-finite gradient norm skips it, on every rank alike), the global gradient norm
             before clipping, and None for Megatron-Core's count of zeros.
         """
-        gradients = [_main_gradients(family) for family in self.families]
+        gradients = [family.gradients() for family in self.families]
         norm = self._global_norm(gradients)
         if not math.isfinite(norm):
             self.steps_skipped += 1
@@ -177,9 +149,7 @@ class HyperPOptimizer(MegatronOptimizer):
             self._direction(family, gradient) for family, gradient in zip(self.families, gradients, strict=True)
         ]
         on_sphere = [(f, d) for f, d in zip(self.families, directions, strict=True) if f.rule in SPHERE_RULES]
-        products = self._reduce_over_shards(
-            [family for family, _ in on_sphere], [sphere.inner_products(family.master, d) for family, d in on_sphere]
-        )
+        products = self._sum_over_parts([sphere.inner_products(f.master, d) for f, d in on_sphere], width=3)
         for (family, direction), product in zip(on_sphere, products, strict=True):
             lr, decay = family.group["lr"], family.group["weight_decay"]
             sphere.step_(family.master, direction, product, radii=family.radii, lr=lr, weight_decay=decay)
@@ -187,24 +157,26 @@ class HyperPOptimizer(MegatronOptimizer):
             if family.rule not in SPHERE_RULES:
                 lr, decay = family.group["lr"], family.group["weight_decay"]
                 family.master.mul_(1.0 - lr * decay).add_(direction, alpha=-lr * _flat_scale(family))
-        self._copy_to_model()
+        self._update_model()
         return True, norm, None
 
     def _direction(self, family: Family, gradients: torch.Tensor) -> torch.Tensor:
         """Update the family's state and return the directions along whose negative it moves."""
         options = self.config
-        if family.rule in ("muonh", "muon"):
+        if family.routes[0].orthogonalized:
             update = momentum_(
                 family.state["momentum_buffer"],
                 gradients,
                 momentum=options.muon_momentum,
                 nesterov=options.muon_nesterov,
             )
+            if family.share_dim == DISTINCT:
+                return self.newton_schulz(update)
             return orthogonalize_family(
                 update,
                 self.newton_schulz,
-                group=self.tp_group,
-                partition_dim=family.routes[0].partition_dim,
+                group=family.share_group,
+                partition_dim=family.share_dim,
                 strategy=options.ns_strategy,
             )
         return adam_direction_(
@@ -216,39 +188,25 @@ class HyperPOptimizer(MegatronOptimizer):
             eps=options.adam_eps,
         )
 
-    def describe_strategies(self) -> str:
-        """Return the table of how each family's Newton-Schulz is shared over the tensor-parallel ranks."""
-        jobs = [
-            Job(
-                len(f.routes),
-                f.routes[0].shape[0],
-                f.routes[0].shape[1],
-                f.routes[0].partition_dim,
-                self.tp_group.size(),
-            )
-            for f in self.families
-            if f.rule in ("muonh", "muon")
-        ]
-        machine = machine_of(self.families[0].master)
-        return describe_strategies(jobs, self.newton_schulz, machine, self.config.ns_strategy)
-
     def _global_norm(self, gradients: Sequence[torch.Tensor]) -> float:
         """Return the norm over all gradients of the model, each counted once."""
         total = torch.zeros((), dtype=torch.float64, device=device.device())
         for family, gradient in zip(self.families, gradients, strict=True):
-            counted_elsewhere = not family.sharded and self.tp_group.rank() != 0
-            copy_of_embedding = getattr(family.parameters[0], "shared", False)
+            copy_of_embedding = getattr(family.routes[0].parameter, "shared", False)
             # A replica adds nothing, but what is not finite in it stays so (0 x inf is NaN) and skips the step too.
-            share = 0.0 if counted_elsewhere or copy_of_embedding else 1.0
+            share = 1.0 if family.counts and not copy_of_embedding else 0.0
             total += share * (gradient * gradient).sum(dtype=torch.float64)
-        dist.all_reduce(total, group=self.grad_stats_parallel_group)
+        dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
         squared = total.item()
         return math.sqrt(squared) if math.isfinite(squared) else squared
 
-    def _copy_to_model(self) -> None:
+    def _update_model(self) -> None:
+        """Write what this rank owns into the model and gather the rest from the other owners."""
         for family in self.families:
-            for parameter, master in zip(family.parameters, family.master, strict=True):
-                parameter.detach().copy_(master)
+            for master, weight in zip(family.master, family.weights(), strict=True):
+                weight.copy_(master.view(weight.shape))
+        for chunk in self.chunks:
+            chunk.start_param_sync()
 
     @torch.no_grad()
     def radius_drift(self) -> float:
@@ -258,14 +216,45 @@ class HyperPOptimizer(MegatronOptimizer):
             for family, squares in zip(self._on_sphere(), self._squared_norms(), strict=True)
         ]
         largest = torch.stack([torch.zeros((), dtype=torch.float64, device=device.device()), *drifts]).max()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.grad_stats_parallel_group)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.get_grad_stats_parallel_group())
         return float(largest)
 
+    def state_bytes(self) -> int:
+        """Bytes of fp32 weights and optimizer state on this rank."""
+        return sum(
+            tensor.numel() * tensor.element_size() for family in self.families for tensor in family.tensors().values()
+        )
+
+    def describe(self) -> str:
+        """Return how the data- and tensor-parallel ranks share the work, as seen by this rank."""
+        lines = [f"ownership: {domain.plan.describe()}" for domain in self.domains]
+        padding = [bucket.padding for chunk in self.chunks for bucket in chunk.buckets]
+        lines.append(
+            f"optimizer state on this rank: {self.state_bytes():,} bytes; gradients in {len(padding)} bucket(s),"
+            f" at most {max(padding):.1%} padding"
+        )
+        jobs = [
+            Job(
+                len(family.routes),
+                family.routes[0].shape[0],
+                family.routes[0].shape[1],
+                family.share_dim,
+                family.share_group.size(),
+            )
+            for family in self.families
+            if family.routes[0].orthogonalized and family.share_dim != DISTINCT and family.share_group.size() > 1
+        ]
+        if jobs:
+            machine = machine_of(self.families[0].master)
+            table = describe_strategies(jobs, self.newton_schulz, machine, self.config.ns_strategy)
+            lines.append(f"Newton-Schulz of what this rank shares with others, predicted:\n{table}")
+        return "\n".join(lines)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop ``.grad``; the accumulated ``main_grad`` belongs to DistributedDataParallel."""
+        """Drop ``.grad``; the accumulated ``main_grad`` belongs to the chunks."""
         del set_to_none
-        for family in self.families:
-            for parameter in family.parameters:
+        for chunk in self.chunks:
+            for parameter in chunk.parameters():
                 parameter.grad = None
 
     def get_loss_scale(self) -> torch.Tensor:
@@ -284,15 +273,17 @@ class HyperPOptimizer(MegatronOptimizer):
         """Return the counters; tensors travel in :meth:`sharded_state_dict`."""
         return {"steps_taken": self.steps_taken, "steps_skipped": self.steps_skipped}
 
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over counters and tensors of a loaded :meth:`sharded_state_dict`; the model's weights follow."""
         self.steps_taken = state_dict["steps_taken"]
         self.steps_skipped = state_dict["steps_skipped"]
-        for family in self.families:
-            for name, stacked in _tensors(family).items():
-                for index, entry in enumerate(family.routes):
-                    stacked[index].copy_(state_dict["state"][entry.name][name])
-        self._copy_to_model()
+        for number, family in enumerate(self.families):
+            for name, stacked in family.tensors().items():
+                for index, target in enumerate(stacked):
+                    parts = state_dict["state"][number][name][index]
+                    target.copy_(torch.cat([part.reshape(-1, target.shape[1]) for part in parts]))
+        self._update_model()
 
     def sharded_state_dict(
         self,
@@ -308,30 +299,23 @@ class HyperPOptimizer(MegatronOptimizer):
             metadata: unused.
         """
         del is_loading, metadata
+        # The model's weights are saved beside the state.
+        for chunk in self.chunks:
+            chunk.finish_param_sync()
         parameters = [entry.parameter for family in self.families for entry in family.routes]
-        sharded = get_param_id_to_sharded_param_map(model_sharded_state_dict, parameters)
-        state: dict[str, dict[str, Any]] = {}
-        index = 0
-        for family in self.families:
-            for position, entry in enumerate(family.routes):
-                state[entry.name] = {
-                    name: make_sharded_optimizer_tensor(
-                        sharded[index], stacked[position], prefix=f"optimizer.state.{name}"
-                    )
-                    for name, stacked in _tensors(family).items()
-                }
-                index += 1
+        weights = sharded_weights(model_sharded_state_dict, parameters)
+
+        def entries(family: Family, name: str, stacked: torch.Tensor) -> list[list[ShardedTensor]]:
+            return [
+                sharded_state(weights[entry.parameter], block, tensor, name)
+                for entry, block, tensor in zip(family.routes, family.blocks, stacked, strict=True)
+            ]
+
+        state = [
+            {name: entries(family, name, stacked) for name, stacked in family.tensors().items()}
+            for family in self.families
+        ]
         return {**self.state_dict(), "state": state}
-
-
-def _tensors(family: Family) -> dict[str, torch.Tensor]:
-    return {"master": family.master, **family.state}
-
-
-def _main_gradients(family: Family) -> torch.Tensor:
-    """Return a copy of the gradients that DistributedDataParallel accumulated and reduced, fp32."""
-    gradients: list[torch.Tensor] = [entry.parameter.main_grad for entry in family.routes]  # type: ignore[attr-defined]
-    return torch.stack(gradients).float()
 
 
 def _flat_scale(family: Family) -> float:
@@ -340,19 +324,24 @@ def _flat_scale(family: Family) -> float:
     return math.sqrt(shape[0] / shape[1]) if family.rule == "muon" else 1.0
 
 
-def _alike(routes: Sequence[Route]) -> list[list[Route]]:
-    """Group routes into families, in an order that is the same on all tensor-parallel ranks."""
-    families: dict[tuple[Any, ...], list[Route]] = {}
-    for entry in routes:
-        shared = getattr(entry.parameter, "shared", False)
-        key = (entry.rule, entry.role, entry.shape, entry.partition_dim, entry.lr_mult, entry.decays, shared)
-        families.setdefault(key, []).append(entry)
-    return list(families.values())
+def _lay_out(chunks: Sequence[DataParallel], domains: Sequence[Domain], config: Config) -> None:
+    """Order the chunks' gradients and weights by owner."""
+    shares: dict[torch.nn.Parameter, list[Share]] = {}
+    group_of: dict[torch.nn.Parameter, dist.ProcessGroup] = {}
+    for domain in domains:
+        for piece in domain.plan.pieces:
+            parameter = domain.routes[piece.route].parameter
+            shares.setdefault(parameter, []).append(Share(piece.rank, piece.block))
+            group_of[parameter] = domain.data
+    for chunk in chunks:
+        # Without overlap one bucket is best; with it, as large as Megatron-Core's.
+        default = max(40_000_000, 1_000_000 * domains[0].data.size()) if chunk.overlap_grad_reduce else None
+        chunk.lay_out(shares, group_of.__getitem__, config.parallel.ddp_bucket_size or default)
 
 
 def get_hyperp_optimizer(
     config: Config,
-    model_chunks: Sequence[torch.nn.Module],
+    model_chunks: Sequence[DataParallel],
     *,
     log: Callable[[str], None] | None = None,
 ) -> HyperPOptimizer:
@@ -360,31 +349,37 @@ def get_hyperp_optimizer(
 
     Args:
         config: resolved config; ``config.optimizer.optimizer`` picks HyperP or a baseline.
-        model_chunks: chunks wrapped in Megatron-Core's DistributedDataParallel.
-        log: receives the routing table and how Newton-Schulz is shared.
+        model_chunks: from :func:`~megatron_hyperp.optim.data_parallel.wrap_for_data_parallelism`; their weights and
+            gradients are ordered by owner here.
+        log: receives the routing table, the balance of ownership and how Newton-Schulz is shared.
 
     Raises:
         ValueError: a parameter matches no rule, or two.
     """
-    options = config.optimizer
+    options, model = config.optimizer, config.model
     routes = route(
         [pair for chunk in model_chunks for pair in named_parameters(chunk)],
         optimizer=options.optimizer,
         tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
         radius_scale=options.radius_scale,
-        output_init_std=config.model.output_init_std,
+        output_init_std=model.output_init_std,
         matrix_lr_mult=width_multiplier(config),
         embedding_lr_mult=options.embedding_lr_mult,
         adam_lr_mult=options.adam_lr_mult,
+        matrix_split=options.matrix_split,
+        heads=Heads(model.kv_channels, model.num_attention_heads // model.num_query_groups),
     )
-    optimizer = HyperPOptimizer(
-        routes,
-        config,
-        tp_group=parallel_state.get_tensor_model_parallel_group(),
-        model_parallel_group=parallel_state.get_model_parallel_group(),
+    newton_schulz = NewtonSchulz(
+        steps=options.ns_steps,
+        coefficients=options.ns_coefficients,
+        dtype=device.newton_schulz_dtype(options.ns_dtype, gram=options.asks_for_gram),
+        form=options.ns_form,
+        backend=options.ns_backend,
     )
+    domains = domains_of(routes, newton_schulz, options.ns_strategy)
+    _lay_out(model_chunks, domains, config)
+    optimizer = HyperPOptimizer(domains, config, chunks=model_chunks, newton_schulz=newton_schulz)
     if log is not None:
         log(describe(routes))
-        if optimizer.tp_group.size() > 1:
-            log(f"Newton-Schulz over tensor-parallel ranks, predicted:\n{optimizer.describe_strategies()}")
+        log(optimizer.describe())
     return optimizer

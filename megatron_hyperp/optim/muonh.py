@@ -17,13 +17,20 @@ def momentum_(
     """Update M <- mu M + G in place and return what is orthogonalized: mu M + G (Nesterov) or M.
 
     Args:
-        momenta: fp32, any shape; updated in place.
-        gradients: the same shape.
+        momenta: fp32 or bf16, any shape; updated in place.
+        gradients: fp32, the same shape.
         momentum: mu.
         nesterov: look ahead by one step.
+
+    Returns:
+        fp32, whatever the momenta are rounded to.
     """
-    momenta.mul_(momentum).add_(gradients)
-    return gradients.add(momenta, alpha=momentum) if nesterov else momenta
+    if momenta.dtype == gradients.dtype:
+        updated = momenta.mul_(momentum).add_(gradients)
+    else:
+        updated = momenta.to(gradients.dtype).mul_(momentum).add_(gradients)
+        momenta.copy_(updated)
+    return gradients.add(updated, alpha=momentum) if nesterov else updated
 
 
 class MuonH(SphereOptimizer):

@@ -6,12 +6,14 @@ polynomial p(s) = a s + b s^3 + c s^5, each step is X <- a X + (b A + c A^2) X, 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from megatron_hyperp import device
+from megatron_hyperp.errors import UsageError
 
 Coefficients = tuple[float, float, float]
 
@@ -41,6 +43,12 @@ COEFFICIENTS: dict[str, tuple[Coefficients, ...]] = {
 POLAR_EXPRESS_SAFETY = 1.01
 SMALLEST_NORM = 1e-30
 FORMS = ("auto", "standard", "gram")
+# What computes symmetric products: PyTorch, or the optional kernels of Dao-AILab/quack (setup.py's extra "kernels").
+BACKENDS = ("torch", "quack")
+QUACK_PACKAGE = "quack-kernels>=0.6,<0.7"
+# Its kernel computes the squares of this side on and above the diagonal, and needs rows of whole 16 bytes.
+QUACK_TILE = 256
+QUACK_MULTIPLE = 8
 
 
 def coefficient_schedule(name: str, steps: int) -> list[Coefficients]:
@@ -61,9 +69,41 @@ def coefficient_schedule(name: str, steps: int) -> list[Coefficients]:
     return schedule
 
 
+@functools.cache
+def check_backend(backend: str, dtype: torch.dtype) -> None:
+    """See that ``backend`` can compute symmetric products of ``dtype`` on this machine: nothing else ever stands in.
+
+    Raises:
+        ValueError: an unknown backend.
+        UsageError: "quack" without a GPU of Hopper (SM90) or later, without its package, or neither in fp16 nor bf16.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}; known are {', '.join(BACKENDS)}")
+    if backend == "quack" and (lack := _quack_lack(dtype)):
+        raise UsageError(f"backend 'quack' {lack}, or take backend 'torch'")
+
+
+def _quack_lack(dtype: torch.dtype) -> str | None:
+    """What quack lacks here to compute in ``dtype``, and how to mend it; None if nothing."""
+    capability = device.compute_capability()
+    if capability is None:
+        return "needs a CUDA device, and there is none here; run where there is one"
+    if capability < (9, 0):
+        found = ".".join(map(str, capability))
+        return f"needs compute capability 9.0 (H100) or more, this GPU has {found}; run on a newer one"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"computes in fp16 or bf16, dtype is {dtype}; give one of those"
+    try:
+        from quack.gemm_interface import gemm_symmetric  # type: ignore # noqa: F401
+    except ImportError as error:
+        reason = str(error).partition("\n")[0]
+        return f"needs the package quack-kernels ({reason}); pip install '{QUACK_PACKAGE}'"
+    return None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewtonSchulz:
-    """How to orthogonalize: schedule, precision and form; a call does it.
+    """How to orthogonalize: schedule, precision, form and backend; a call does it.
 
     The Gram form (Dao-AILab, gram-newton-schulz) iterates on R = X X^T alone and multiplies X once at the end; it needs
     fewer FLOPs for matrices more than 1.5 times as long as wide (1.2 times where symmetric products are mirrored).
@@ -74,15 +114,19 @@ class NewtonSchulz:
         dtype: precision of the iteration.
         form: "standard", "gram", or "auto" for the one with fewer FLOPs. The Gram form restarts once from X to keep its
             rounding small; in bf16 that is not enough: it is refused, and auto stays standard.
+        backend: what computes symmetric products: "torch", or "quack", whose kernel computes half of each and mirrors
+            it. The long products with X, which are not symmetric, are PyTorch's in either case.
 
     Raises:
-        ValueError: an unknown set or form, no steps, or the Gram form in bf16.
+        ValueError: an unknown set, form or backend, no steps, the Gram form in bf16, or a backend that cannot run here
+            (a :class:`UsageError`, see :func:`check_backend`).
     """
 
     steps: int = 5
     coefficients: str = "quintic"
     dtype: torch.dtype = torch.bfloat16
     form: str = "auto"
+    backend: str = "torch"
 
     def __post_init__(self) -> None:
         coefficient_schedule(self.coefficients, self.steps)
@@ -90,6 +134,7 @@ class NewtonSchulz:
             raise ValueError(f"form is {self.form!r}; known are {', '.join(FORMS)}")
         if self.form == "gram" and self.dtype == torch.bfloat16:
             raise ValueError("the Gram form loses accuracy in bf16; use fp16 or fp32, or the standard form")
+        check_backend(self.backend, self.dtype)
 
     @property
     def segments(self) -> list[list[Coefficients]]:
@@ -106,17 +151,23 @@ class NewtonSchulz:
     def flops(self, rows: int, columns: int, form: str) -> int:
         """FLOPs of one matrix in "standard" or "gram" form, a multiply and an add counted as two.
 
-        With whole symmetric products five steps need 20 n^2 m + 10 n^3, in Gram form 8 n^2 m + 28 n^3 (n <= m).
+        With whole symmetric products five steps need 20 n^2 m + 10 n^3, in Gram form 8 n^2 m + 28 n^3 (n <= m). What a
+        device or backend mirrors instead of computing is not counted.
         """
         n, m = sorted((rows, columns))
         if form == "standard":
-            return round(self.steps * (_symmetric_flops(n, m) + _symmetric_flops(n, n) + 2 * n * n * m))
-        long_products = len(self.segments) * (_symmetric_flops(n, m) + 2 * n * n * m)
+            return round(self.steps * (self._symmetric_flops(n, m) + self._symmetric_flops(n, n) + 2 * n * n * m))
+        long_products = len(self.segments) * (self._symmetric_flops(n, m) + 2 * n * n * m)
         return round(long_products) + self.polynomial_flops(n)
 
     def polynomial_flops(self, n: int) -> int:
         """FLOPs of the Gram form on [n, n] matrices alone: per step R^2, Q Z, R Z and Z R Z, less what comes free."""
-        return round(sum((4 * len(segment) - 3) * _symmetric_flops(n, n) for segment in self.segments))
+        return round(sum((4 * len(segment) - 3) * self._symmetric_flops(n, n) for segment in self.segments))
+
+    def _symmetric_flops(self, n: int, k: int) -> float:
+        """FLOPs of a symmetric product of [n, k] with [k, n] on this device: blocks below the diagonal come free."""
+        blocks = -(-n // QUACK_TILE) if self.backend == "quack" else device.symmetric_blocks(n)
+        return 2 * n * n * k * (blocks + 1) / (2 * blocks)
 
     def form_of(self, rows: int, columns: int) -> str:
         """Return "standard" or "gram" for matrices of this shape."""
@@ -159,29 +210,30 @@ class NewtonSchulz:
 
     def _standard(self, x: torch.Tensor) -> torch.Tensor:
         for a, b, c in coefficient_schedule(self.coefficients, self.steps):
-            gram = symmetric_product(x, x.mT)
-            polynomial = symmetric_product(gram, gram, gram, beta=b, alpha=c)
+            gram = symmetric_product(x, x.mT, backend=self.backend)
+            polynomial = symmetric_product(gram, gram, gram, beta=b, alpha=c, backend=self.backend)
             x = torch.baddbmm(x, polynomial, x, beta=a)
         return x
 
     def _gram(self, x: torch.Tensor) -> torch.Tensor:
         for segment in self.segments:
-            x = gram_polynomial(symmetric_product(x, x.mT), segment) @ x
+            gram = symmetric_product(x, x.mT, backend=self.backend)
+            x = gram_polynomial(gram, segment, backend=self.backend) @ x
         return x
 
 
-def _symmetric_flops(n: int, k: int) -> float:
-    """FLOPs of a symmetric product of [n, k] with [k, n] on this device."""
-    blocks = device.symmetric_blocks(n)
-    return 2 * n * n * k * (blocks + 1) / (2 * blocks)
-
-
 def symmetric_product(
-    left: torch.Tensor, right: torch.Tensor, add: torch.Tensor | None = None, *, beta: float = 1.0, alpha: float = 1.0
+    left: torch.Tensor,
+    right: torch.Tensor,
+    add: torch.Tensor | None = None,
+    *,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    backend: str = "torch",
 ) -> torch.Tensor:
     """Return left right, or alpha left right + beta add, [batch, n, n], which must be symmetric.
 
-    Where the device gains from it, blocks below the diagonal are mirrored instead of computed.
+    Where the device gains from it, or the backend does it, blocks below the diagonal are mirrored, not computed.
 
     Args:
         left: [batch, n, k].
@@ -189,7 +241,14 @@ def symmetric_product(
         add: [batch, n, n], or None for no sum.
         beta: factor of ``add``.
         alpha: factor of the product.
+        backend: one of :data:`BACKENDS`.
+
+    Raises:
+        ValueError: an unknown backend, one that cannot run here, or sizes that it does not take.
     """
+    if backend != "torch":
+        check_backend(backend, left.dtype)
+        return _quack_product(left, right, add, beta=beta, alpha=alpha)
     size = left.shape[1]
     blocks = device.symmetric_blocks(size)
     if blocks == 1:
@@ -209,7 +268,29 @@ def symmetric_product(
     return result
 
 
-def gram_polynomial(gram: torch.Tensor, segment: Sequence[Coefficients]) -> torch.Tensor:
+def _quack_product(
+    left: torch.Tensor, right: torch.Tensor, add: torch.Tensor | None, *, beta: float, alpha: float
+) -> torch.Tensor:
+    """:func:`symmetric_product` by quack, on SM90 and later, in fp16 or bf16, accumulated in fp32.
+
+    Written against ``quack.gemm_interface.gemm_symmetric(A, B, C=None, ..., alpha=1.0, beta=1.0)`` of quack-kernels
+    0.6.0 to 0.6.5: A [batch, n, k], B [batch, k, n] and C [batch, n, n], each with rows or columns contiguous, give a
+    new alpha A B + beta C. The first call for a dtype and layout compiles the kernel.
+    """
+    from quack.gemm_interface import gemm_symmetric
+
+    if left.shape[1] % QUACK_MULTIPLE or left.shape[2] % QUACK_MULTIPLE:
+        raise UsageError(
+            f"backend 'quack' takes sizes that are multiples of {QUACK_MULTIPLE}, got the shape {tuple(left.shape)};"
+            " take backend 'torch'"
+        )
+    if add is None:
+        return gemm_symmetric(left, right)
+    # It tells constants from tensors by isinstance(_, float): an integer would be taken for a tensor.
+    return gemm_symmetric(left, right, C=add, alpha=float(alpha), beta=float(beta))
+
+
+def gram_polynomial(gram: torch.Tensor, segment: Sequence[Coefficients], *, backend: str = "torch") -> torch.Tensor:
     """Return Q with Q X = the result of the steps in ``segment`` on X, from R = X X^T alone.
 
     Per step, Z = b R + c R^2; Q <- (Z + a) Q; R <- (Z + a) R (Z + a). All are polynomials in R and commute.
@@ -217,18 +298,20 @@ def gram_polynomial(gram: torch.Tensor, segment: Sequence[Coefficients]) -> torc
     Args:
         gram: R, [batch, n, n].
         segment: one (a, b, c) a step.
+        backend: what computes the products, one of :data:`BACKENDS`.
     """
+    multiply = functools.partial(symmetric_product, backend=backend)
     product: torch.Tensor | None = None
     for step, (a, b, c) in enumerate(segment):
-        z = symmetric_product(gram, gram, gram, beta=b, alpha=c)
+        z = multiply(gram, gram, gram, beta=b, alpha=c)
         if product is None:
             product = z.clone()
             product.diagonal(dim1=1, dim2=2).add_(a)
         else:
-            product = symmetric_product(product, z, product, beta=a)
+            product = multiply(product, z, product, beta=a)
         if step < len(segment) - 1:
-            shifted = symmetric_product(gram, z, gram, beta=a)
-            gram = symmetric_product(z, shifted, shifted, beta=a)
+            shifted = multiply(gram, z, gram, beta=a)
+            gram = multiply(z, shifted, shifted, beta=a)
     assert product is not None
     return product
 
@@ -240,6 +323,7 @@ def newton_schulz(
     coefficients: str = "quintic",
     dtype: torch.dtype = torch.bfloat16,
     form: str = "auto",
+    backend: str = "torch",
 ) -> torch.Tensor:
     """Orthogonalize a matrix, or each matrix of a batch; see :class:`NewtonSchulz` for the arguments and errors.
 
@@ -249,5 +333,6 @@ def newton_schulz(
         coefficients: a key of :data:`COEFFICIENTS`.
         dtype: precision of the iteration; the normalization before it is in fp32 (fp64 for fp64 input).
         form: "standard", "gram" or "auto".
+        backend: "torch" or "quack".
     """
-    return NewtonSchulz(steps=steps, coefficients=coefficients, dtype=dtype, form=form)(x)
+    return NewtonSchulz(steps=steps, coefficients=coefficients, dtype=dtype, form=form, backend=backend)(x)

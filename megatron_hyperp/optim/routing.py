@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from megatron_hyperp.optim.sphere import sphere_radius
-from megatron_hyperp.parameters import global_shape, partition_dim, role_of
+from megatron_hyperp.parameters import DISTINCT, REPLICATED, Block, global_shape, partition_dim, role_of
 
 Rule = Literal["muonh", "adamh", "muon", "adamw"]
 
@@ -22,19 +22,35 @@ RULES: dict[str, dict[str, Rule]] = {
     "adamw": {"hidden": "adamw", "output": "adamw", "embedding": "adamw", "vector": "adamw"},
 }
 SPHERE_RULES = ("muonh", "adamh")
+# Rules that orthogonalize, so that they need whole matrices.
+MUON_RULES = ("muonh", "muon")
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """How a fused QKV weight is laid out: per key-value group, the rows of its queries, its key and its value.
+
+    Attributes:
+        size: rows of one head.
+        queries: query heads in a group.
+    """
+
+    size: int
+    queries: int
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A parameter with its rule.
+    """A matrix or vector with its rule: a parameter, or a part of one under ``--matrix-split``.
 
     Attributes:
-        name: its name in the model, layers numbered over the whole model.
-        parameter: this rank's part of it.
+        name: the parameter's name in the model, layers numbered over the whole model, and the part's.
+        parameter: this rank's part of the parameter.
+        block: the part of that tensor which the route is about.
         role: a key of :data:`megatron_hyperp.parameters.ROLES`.
         rule: its update rule.
         shape: global shape.
-        partition_dim: dimension split over tensor-parallel ranks, or -1.
+        partition_dim: dimension split over tensor-parallel ranks, or REPLICATED, or DISTINCT where each has its own.
         radius: of its sphere; None off the sphere.
         lr_mult: factor on the learning rate.
         decays: whether weight decay applies to it.
@@ -42,6 +58,7 @@ class Route:
 
     name: str
     parameter: torch.nn.Parameter
+    block: Block
     role: str
     rule: Rule
     shape: tuple[int, ...]
@@ -49,6 +66,11 @@ class Route:
     radius: float | None
     lr_mult: float
     decays: bool
+
+    @property
+    def orthogonalized(self) -> bool:
+        """Whether the rule needs whole matrices."""
+        return self.rule in MUON_RULES
 
 
 def route(
@@ -61,8 +83,10 @@ def route(
     matrix_lr_mult: float = 1.0,
     embedding_lr_mult: float = 1.0,
     adam_lr_mult: float = 1.0,
+    matrix_split: str = "fused",
+    heads: Heads | None = None,
 ) -> list[Route]:
-    """Give every trainable parameter its rule.
+    """Give every trainable parameter its rule; parts of one parameter follow each other.
 
     Args:
         named_parameters: names and this rank's parts.
@@ -73,6 +97,9 @@ def route(
         matrix_lr_mult: learning-rate factor of hidden matrices (muP).
         embedding_lr_mult: of the token embedding.
         adam_lr_mult: of the output layer, norm gains and biases.
+        matrix_split: whether fused QKV and gate/up weights are one matrix ("fused"), one per component ("component"),
+            or QKV one per head ("head"), each then orthogonalized and on a sphere by itself.
+        heads: layout of QKV weights; needed unless "fused".
 
     Raises:
         ValueError: a parameter matches no rule, or two.
@@ -89,15 +116,48 @@ def route(
             continue
         role = role_of(name, parameter)
         rule = RULES[optimizer][role]
-        shape = global_shape(parameter, tensor_parallel_size)
-        radius = None
-        if rule in SPHERE_RULES:
-            radius = sphere_radius(role, shape, radius_scale=radius_scale, output_init_std=output_init_std)
-        decays = role in ("hidden", "output")
-        routes.append(
-            Route(name, parameter, role, rule, shape, partition_dim(parameter), radius, lr_mults[role], decays)
-        )
+        split = matrix_split if rule in MUON_RULES else "fused"
+        for part, block, dim in _parts(name, parameter, split, heads):
+            ranks = 1 if dim == DISTINCT else tensor_parallel_size
+            shape = _global_shape(parameter, block, dim, ranks)
+            radius = None
+            if rule in SPHERE_RULES:
+                radius = sphere_radius(role, shape, radius_scale=radius_scale, output_init_std=output_init_std)
+            decays = role in ("hidden", "output")
+            routes.append(Route(name + part, parameter, block, role, rule, shape, dim, radius, lr_mults[role], decays))
     return routes
+
+
+def _parts(name: str, parameter: torch.Tensor, split: str, heads: Heads | None) -> Iterator[tuple[str, Block, int]]:
+    """Yield suffix, block and partition dimension of the matrices that a parameter consists of.
+
+    A tensor-parallel rank holds whole key-value groups, and its share of the gate rows and of the up rows, so each
+    component is sharded like the fused weight, while each head is whole on one rank.
+    """
+    dim, whole = partition_dim(parameter), Block.whole(parameter)
+    if split != "fused" and name.endswith("linear_fc1.weight"):
+        gate, up = whole.cut(0, 2)
+        yield "[gate]", gate, dim
+        yield "[up]", up, dim
+    elif split != "fused" and name.endswith("linear_qkv.weight"):
+        assert heads is not None
+        groups = whole.rows // ((heads.queries + 2) * heads.size)
+        if split == "component":
+            queries = heads.queries
+            for part, first, count in (("[q]", 0, queries), ("[k]", queries, 1), ("[v]", queries + 1, 1)):
+                yield part, Block(groups, first * heads.size, count * heads.size, 0, whole.columns), dim
+        else:
+            own = REPLICATED if dim == REPLICATED else DISTINCT
+            for index, block in enumerate(whole.cut(0, groups * (heads.queries + 2))):
+                yield f"[head {index}]", block, own
+    else:
+        yield "", whole, dim
+
+
+def _global_shape(parameter: torch.Tensor, block: Block, dim: int, ranks: int) -> tuple[int, ...]:
+    if parameter.ndim == 1:
+        return global_shape(parameter, ranks)
+    return tuple(size * ranks if axis == dim else size for axis, size in enumerate(block.shape))
 
 
 def describe(routes: Iterable[Route]) -> str:
@@ -106,7 +166,7 @@ def describe(routes: Iterable[Route]) -> str:
     for entry in routes:
         radius = "-" if entry.radius is None else f"{entry.radius:.4g}"
         shape = " x ".join(map(str, entry.shape))
-        key = (re.sub(r"\.\d+\.", ".*.", entry.name), entry.rule, shape, radius, f"{entry.lr_mult:g}")
+        key = (re.sub(r"(?<=[. ])\d+", "*", entry.name), entry.rule, shape, radius, f"{entry.lr_mult:g}")
         rows[key] = rows.get(key, 0) + 1
     table = [("parameter", "rule", "global shape", "radius", "lr x", "count")]
     table += [(*key, str(count)) for key, count in rows.items()]

@@ -145,14 +145,15 @@ def _gram(
     x = (x / scale).to(dtype)
     for number, segment in enumerate(newton_schulz.segments):
         first = number == 0
-        partial = symmetric_product(x, x.mT).to(family.dtype)
+        partial = symmetric_product(x, x.mT, backend=newton_schulz.backend).to(family.dtype)
         mine = _reduce_scatter(_padded(partial * scale.square() if first else partial, ranks), group)
         norm: torch.Tensor | float = 1.0
         if first:
             # ||X||^2 is the trace of X X^T, so the norm costs no collective of its own.
             squares = mine.diagonal(dim1=1, dim2=2).sum(dim=1)[:, None, None]
             norm = newton_schulz.norm_margin * squares.sqrt().clamp_min(SMALLEST_NORM)
-        polynomial = gram_polynomial((mine / norm / norm).to(dtype), segment).to(family.dtype) / norm
+        polynomial = gram_polynomial((mine / norm / norm).to(dtype), segment, backend=newton_schulz.backend)
+        polynomial = polynomial.to(family.dtype) / norm
         polynomial = _all_gather(polynomial, group)[:count]
         x = (polynomial * scale if first else polynomial).to(dtype) @ x
     x = x.to(family.dtype)
@@ -272,6 +273,8 @@ def costs(job: Job, newton_schulz: NewtonSchulz, *, itemsize: int = 4) -> dict[s
     p, size = job.ranks, float(itemsize * job.rows * job.columns)
     share = math.ceil(job.count / p)
     whole = float(newton_schulz.flops(n, m, newton_schulz.form_of(n, m)))
+    if p == 1:
+        return {"gather": Cost(job.count * whole, 0.0, 0.0, 0)}
     others = (p - 1) / p
     if job.partition_dim == REPLICATED:
         return {
@@ -302,6 +305,12 @@ def choose(job: Job, newton_schulz: NewtonSchulz, machine: Machine) -> str:
     """Return the strategy that the cost model predicts to be fastest."""
     predicted = costs(job, newton_schulz)
     return min(predicted, key=lambda strategy: predicted[strategy].seconds(machine))
+
+
+def predicted_seconds(job: Job, newton_schulz: NewtonSchulz, machine: Machine, strategy: str = AUTO) -> float:
+    """Return the predicted time of a job under a strategy, or under the fastest if that one cannot serve it."""
+    predicted = costs(job, newton_schulz)
+    return predicted.get(strategy, predicted[choose(job, newton_schulz, machine)]).seconds(machine)
 
 
 def describe(jobs: Sequence[Job], newton_schulz: NewtonSchulz, machine: Machine, strategy: str) -> str:

@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,11 @@ ARCHITECTURE = (
     "logits_multiplier",
 )
 # Settings that fix the spheres: on other ones a run would rescale every weight at its first step.
-SPHERES = (("optimizer", "radius_scale"), ("model", "output_init_std"))
+SPHERES = (("optimizer", "radius_scale"), ("optimizer", "matrix_split"), ("model", "output_init_std"))
 # Sections that decide the course of training, with their fields that do not.
 COURSE = {
     "model": {*ARCHITECTURE, "depth", "aspect_ratio", "make_vocab_size_divisible_by", "embedding_init_std"},
-    "optimizer": {"ns_strategy"},
+    "optimizer": {"ns_strategy", "ns_backend"},
     "transfer": set[str](),
     "data": {"data_cache_path", "num_workers"},
     "training": {
@@ -188,7 +189,7 @@ def is_of_run(folder: Path, config: Config) -> bool:
 
 
 def save_checkpoint(
-    config: Config, progress: Progress, chunks: list[torch.nn.Module], optimizer: Any, run_id: str | None = None
+    config: Config, progress: Progress, chunks: Sequence[torch.nn.Module], optimizer: Any, run_id: str | None = None
 ) -> Path:
     """Write a checkpoint, make it the latest, drop those beyond ``--keep``; a collective call.
 
@@ -233,7 +234,7 @@ def save_checkpoint(
     return folder
 
 
-def load_checkpoint(folder: Path, chunks: list[torch.nn.Module], optimizer: Any) -> tuple[Progress, str | None]:
+def load_checkpoint(folder: Path, chunks: Sequence[torch.nn.Module], optimizer: Any) -> tuple[Progress, str | None]:
     """Restore model, optimizer and random state; a collective call.
 
     The random state is restored only under the layout that wrote it; without dropout nothing depends on it.
@@ -283,7 +284,7 @@ def _model(chunk: torch.nn.Module) -> Any:
     return module
 
 
-def _sharded_state(chunks: list[torch.nn.Module], optimizer: Any, *, with_random_state: bool) -> dict[str, Any]:
+def _sharded_state(chunks: Sequence[torch.nn.Module], optimizer: Any, *, with_random_state: bool) -> dict[str, Any]:
     models = {f"model{index}": _model(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
     state: dict[str, Any] = {**models, "optimizer": optimizer.sharded_state_dict(models)}
     if with_random_state:

@@ -81,7 +81,8 @@ class Trainer:
     def __init__(self, config: Config, tokenizer: Any, resume_from: Path | None) -> None:
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-        from megatron_hyperp.model.build import build_model
+        from megatron_hyperp.model.build import build_model, transformer_config
+        from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
         from megatron_hyperp.optim.distributed import get_hyperp_optimizer
 
         self.config = config
@@ -90,7 +91,13 @@ class Trainer:
         self.console = Console(active=self.rank == 0, total=config.training.train_iters)
         initialize_megatron(config)
         self._announce()
-        self.chunks = build_model(config)
+        core_config, parallel = transformer_config(config), config.parallel
+        self.chunks = wrap_for_data_parallelism(
+            core_config,
+            build_model(config, core_config),
+            overlap_grad_reduce=device.overlaps(parallel.overlap_grad_reduce),
+            overlap_param_gather=device.overlaps(parallel.overlap_param_gather),
+        )
         self.optimizer = get_hyperp_optimizer(config, self.chunks, log=self.console.print)
         options, peak = config.optimizer, config.learning_rate().value
         self.scheduler = OptimizerParamScheduler(

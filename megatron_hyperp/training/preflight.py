@@ -13,6 +13,7 @@ from megatron_hyperp.data import loader
 from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.optim.orthogonalize import check_backend
 from megatron_hyperp.training import checkpointing
 
 
@@ -34,6 +35,9 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
         raise UsageError("no tokenizer; give the --tokenizer-model the data was made with", same_on_all_ranks=True)
     tokenizer = load_tokenizer(config.data.tokenizer_model)
     config = config.resolve(world_size=world_size, tokenizer_vocab_size=tokenizer.vocab_size)
+    options = config.optimizer
+    dtype = device.newton_schulz_dtype(options.ns_dtype, gram=options.asks_for_gram)
+    check_backend(options.ns_backend, dtype)
     for _, prefix in loader.parse_blend(config.data.data_path):
         check_prefix(prefix)
         check_vocabulary(prefix, config.model.vocab_size)

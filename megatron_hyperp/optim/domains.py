@@ -1,0 +1,113 @@
+"""Which ranks hold which parameters: the domains of data parallelism, with their process groups and owners."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from megatron_hyperp import device
+from megatron_hyperp.optim.orthogonalize import NewtonSchulz
+from megatron_hyperp.optim.ownership import Piece, Plan, plan_ownership
+from megatron_hyperp.optim.routing import SPHERE_RULES, Route
+from megatron_hyperp.optim.tensor_parallel import machine_of
+from megatron_hyperp.parameters import is_expert
+
+
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """Parameters that the same ranks replicate: all but the experts, or the experts.
+
+    Attributes:
+        routes: of this rank's part of the model.
+        plan: which data-parallel rank owns what.
+        tensor: ranks that share sharded matrices.
+        data: ranks that replicate them.
+        both: the ranks that hold parts of them, over which norms are summed.
+        team: ranks that share this rank's heavy matrices, tensor- and data-parallel ones together; None without teams.
+    """
+
+    routes: list[Route]
+    plan: Plan
+    tensor: dist.ProcessGroup
+    data: dist.ProcessGroup
+    both: dist.ProcessGroup
+    team: dist.ProcessGroup | None
+
+    @property
+    def mine(self) -> list[Piece]:
+        """What this rank owns."""
+        return [piece for piece in self.plan.pieces if piece.rank == self.data.rank()]
+
+    def places(self) -> dict[int, int]:
+        """Number the sphere matrices, by route, of which a rank holds only a part."""
+        pieces = [0] * len(self.routes)
+        for piece in self.plan.pieces:
+            pieces[piece.route] += 1
+        partial = [
+            index
+            for index, entry in enumerate(self.routes)
+            if entry.rule in SPHERE_RULES
+            and (pieces[index] > 1 or (entry.partition_dim in (0, 1) and self.tensor.size() > 1))
+        ]
+        return {index: place for place, index in enumerate(partial)}
+
+
+def _domain(
+    routes: list[Route],
+    groups: tuple[dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup],
+    newton_schulz: NewtonSchulz,
+    strategy: str,
+    *,
+    loads: list[float] | None,
+    teams: bool,
+) -> Domain:
+    tensor, data, both = groups
+    plan = plan_ownership(
+        routes,
+        data.size(),
+        newton_schulz,
+        machine_of(routes[0].parameter),
+        tensor_parallel_size=tensor.size(),
+        strategy=strategy,
+        loads=loads,
+        teams=teams,
+    )
+    return Domain(routes, plan, tensor, data, both, _team_group(tensor, data, plan.team) if plan.team > 1 else None)
+
+
+def _team_group(tensor: dist.ProcessGroup, data: dist.ProcessGroup, team: int) -> dist.ProcessGroup:
+    """Create the group of this rank's team: consecutive data-parallel ranks with their tensor-parallel ranks."""
+    columns: list[list[int]] = [[] for _ in range(data.size())]
+    dist.all_gather_object(columns, dist.get_process_group_ranks(tensor), group=data)
+    first = data.rank() // team * team
+    members = sorted(rank for column in columns[first : first + team] for rank in column)
+    # Only the members meet; other teams make theirs at the same time.
+    group = dist.new_group(members, use_local_synchronization=True)
+    assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def domains_of(routes: list[Route], newton_schulz: NewtonSchulz, strategy: str) -> list[Domain]:
+    """Plan the ownership of all but the experts, then of the experts on top of that work."""
+    dense = [entry for entry in routes if not is_expert(entry.parameter)]
+    experts = [entry for entry in routes if is_expert(entry.parameter)]
+    data = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    groups = (
+        parallel_state.get_tensor_model_parallel_group(),
+        data,
+        parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
+    )
+    domains = [_domain(dense, groups, newton_schulz, strategy, loads=None, teams=True)]
+    if experts:
+        expert_tensor = parallel_state.get_expert_tensor_parallel_group()
+        expert_data = parallel_state.get_expert_data_parallel_group()
+        mine = torch.tensor(domains[0].plan.loads[data.rank()], dtype=torch.float64, device=device.device())
+        loads = mine.new_empty(expert_data.size())
+        dist.all_gather_into_tensor(loads, mine[None], group=expert_data)
+        # Of experts only tensor-parallel ranks hold parts: there are many, so none is shared by a team.
+        groups = (expert_tensor, expert_data, expert_tensor)
+        domains.append(_domain(experts, groups, newton_schulz, strategy, loads=loads.tolist(), teams=False))
+    return domains
