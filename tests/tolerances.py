@@ -14,6 +14,9 @@ NEWTON_SCHULZ_FP16 = 2e-2
 # amplifies it; 3e-6 is typical.
 LAYOUT_LOSS = 1e-4
 
+# Loss of the next five steps under another layout than the one that saved: rounding, not yet amplified.
+RESHARDED_LOSS = 1e-5
+
 # | ||W||/R - 1 | after retraction in fp32 masters: rounding of the elements averages out.
 RADIUS_DRIFT = 1e-6
 

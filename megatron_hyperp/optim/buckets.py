@@ -66,11 +66,11 @@ class Bucket:
         self._gather: dist.Work | None = None
         fill, places, self._copied = _arrange(self.parameters, shares, group.size())
         # One collective moves equal slots.
-        shape = (group.size(), max(fill))
+        shape = (group.size(), _aligned(max(fill)))
         first = self.parameters[0]
         self.gradients = torch.zeros(shape, dtype=torch.float32, device=first.device)
         self.weights = torch.zeros(shape, dtype=first.dtype, device=first.device)
-        self.padding = 1.0 - sum(fill) / self.gradients.numel()
+        self.padding = self.gradients.numel() / sum(fill) - 1.0
         self._own_gradients: list[torch.Tensor] = [self.gradients[group.rank()]]
         self._beside: list[torch.Tensor] = []
         for parameter in self.parameters:
@@ -161,13 +161,17 @@ def _arrange(
         if len(owners) == 1:
             (rank,) = owners
             places[parameter] = (rank, fill[rank])
-            fill[rank] += -(-parameter.numel() // ALIGNMENT) * ALIGNMENT
+            fill[rank] += _aligned(parameter.numel())
     for parameter in parameters:
         if parameter not in places:
             for share in shares[parameter]:
                 copied.append(_Copied(parameter, share, fill[share.rank]))
                 fill[share.rank] += share.block.numel
     return fill, places, copied
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // ALIGNMENT) * ALIGNMENT
 
 
 def cut_into_buckets(

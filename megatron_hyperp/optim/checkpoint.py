@@ -48,9 +48,9 @@ def sharded_state(
         One sharded tensor, a view of ``state``, for each run of rows that is contiguous in the global weight.
     """
     grouped = state.view(block.groups, block.rows, block.columns)
+    rows_per_group = _rows(weight) // block.groups
     result = []
     for first_row, part in _row_ranges(weight):
-        rows_per_group = _rows(weight) // block.groups
         for group in range(block.groups):
             start = group * rows_per_group + block.start
             low = max(start, first_row)

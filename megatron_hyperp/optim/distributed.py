@@ -24,7 +24,7 @@ from megatron_hyperp.optim import sphere
 from megatron_hyperp.optim.adamh import adam_direction_
 from megatron_hyperp.optim.buckets import Share
 from megatron_hyperp.optim.checkpoint import sharded_state, sharded_weights
-from megatron_hyperp.optim.data_parallel import DataParallel
+from megatron_hyperp.optim.data_parallel import DataParallel, Exchange
 from megatron_hyperp.optim.domains import Domain, domains_of
 from megatron_hyperp.optim.families import Family, families_of
 from megatron_hyperp.optim.muonh import momentum_
@@ -41,7 +41,7 @@ class HyperPOptimizer(MegatronOptimizer):
     Args:
         domains: every trainable parameter with its rule and owner.
         config: resolved config.
-        chunks: the pipeline chunks, laid out by the same owners.
+        exchange: the buckets of gradients and weights, laid out by the same owners.
         newton_schulz: what is done to the momenta of matrices.
     """
 
@@ -53,13 +53,13 @@ class HyperPOptimizer(MegatronOptimizer):
         domains: Sequence[Domain],
         config: Config,
         *,
-        chunks: Sequence[DataParallel],
+        exchange: Exchange,
         newton_schulz: NewtonSchulz,
     ) -> None:
         # MegatronOptimizer's constructor takes a torch optimizer; the families below stand in its place.
         self.config = config.optimizer
         self.domains = list(domains)
-        self.chunks = list(chunks)
+        self.exchange = exchange
         self.newton_schulz = newton_schulz
         self.is_stub_optimizer = False
         self.steps_taken = 0
@@ -205,8 +205,7 @@ class HyperPOptimizer(MegatronOptimizer):
         for family in self.families:
             for master, weight in zip(family.master, family.weights(), strict=True):
                 weight.copy_(master.view(weight.shape))
-        for chunk in self.chunks:
-            chunk.start_param_sync()
+        self.exchange.start_param_sync()
 
     @torch.no_grad()
     def radius_drift(self) -> float:
@@ -228,7 +227,7 @@ class HyperPOptimizer(MegatronOptimizer):
     def describe(self) -> str:
         """Return how the data- and tensor-parallel ranks share the work, as seen by this rank."""
         lines = [f"ownership: {domain.plan.describe()}" for domain in self.domains]
-        padding = [bucket.padding for chunk in self.chunks for bucket in chunk.buckets]
+        padding = [bucket.padding for bucket in self.exchange.buckets]
         lines.append(
             f"optimizer state on this rank: {self.state_bytes():,} bytes; gradients in {len(padding)} bucket(s),"
             f" at most {max(padding):.1%} padding"
@@ -253,9 +252,8 @@ class HyperPOptimizer(MegatronOptimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop ``.grad``; the accumulated ``main_grad`` belongs to the chunks."""
         del set_to_none
-        for chunk in self.chunks:
-            for parameter in chunk.parameters():
-                parameter.grad = None
+        for parameter in self.exchange.bucket_of:
+            parameter.grad = None
 
     def get_loss_scale(self) -> torch.Tensor:
         """Return 1: bf16 and fp32 need no loss scaling."""
@@ -300,8 +298,7 @@ class HyperPOptimizer(MegatronOptimizer):
         """
         del is_loading, metadata
         # The model's weights are saved beside the state.
-        for chunk in self.chunks:
-            chunk.finish_param_sync()
+        self.exchange.finish_param_sync()
         parameters = [entry.parameter for family in self.families for entry in family.routes]
         weights = sharded_weights(model_sharded_state_dict, parameters)
 
@@ -333,10 +330,17 @@ def _lay_out(chunks: Sequence[DataParallel], domains: Sequence[Domain], config: 
             parameter = domain.routes[piece.route].parameter
             shares.setdefault(parameter, []).append(Share(piece.rank, piece.block))
             group_of[parameter] = domain.data
-    for chunk in chunks:
-        # Without overlap one bucket is best; with it, as large as Megatron-Core's.
-        default = max(40_000_000, 1_000_000 * domains[0].data.size()) if chunk.overlap_grad_reduce else None
-        chunk.lay_out(shares, group_of.__getitem__, config.parallel.ddp_bucket_size or default)
+    # The backward pass finishes the last chunk first.
+    backward_order = [
+        parameter
+        for chunk in reversed(chunks)
+        for parameter in reversed(list(chunk.module.parameters()))
+        if parameter in shares
+    ]
+    exchange = chunks[0].exchange
+    # Without overlap one bucket is best; with it, as large as Megatron-Core's.
+    default = max(40_000_000, 1_000_000 * domains[0].data.size()) if exchange.overlap_grad_reduce else None
+    exchange.lay_out(backward_order, shares, group_of.__getitem__, config.parallel.ddp_bucket_size or default)
 
 
 def get_hyperp_optimizer(
@@ -378,7 +382,7 @@ def get_hyperp_optimizer(
     )
     domains = domains_of(routes, newton_schulz, options.ns_strategy)
     _lay_out(model_chunks, domains, config)
-    optimizer = HyperPOptimizer(domains, config, chunks=model_chunks, newton_schulz=newton_schulz)
+    optimizer = HyperPOptimizer(domains, config, exchange=model_chunks[0].exchange, newton_schulz=newton_schulz)
     if log is not None:
         log(describe(routes))
         log(optimizer.describe())

@@ -68,7 +68,7 @@ class Plan:
         line = f"{len(self.loads)} data-parallel rank(s), Newton-Schulz load max/mean {self.imbalance:.3f}"
         if self.heavy:
             line += f"; {self.heavy} weight(s) are heavier than the mean load, "
-            line += f"shared by teams of {self.team}" if self.team > 1 else "faster with one owner than shared"
+            line += f"shared by teams of {self.team}" if self.team > 1 else "each with one owner"
         return line
 
 

@@ -118,8 +118,7 @@ def route(
         rule = RULES[optimizer][role]
         split = matrix_split if rule in MUON_RULES else "fused"
         for part, block, dim in _parts(name, parameter, split, heads):
-            ranks = 1 if dim == DISTINCT else tensor_parallel_size
-            shape = _global_shape(parameter, block, dim, ranks)
+            shape = _global_shape(parameter, block, dim, tensor_parallel_size)
             radius = None
             if rule in SPHERE_RULES:
                 radius = sphere_radius(role, shape, radius_scale=radius_scale, output_init_std=output_init_std)

@@ -37,7 +37,10 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
     config = config.resolve(world_size=world_size, tokenizer_vocab_size=tokenizer.vocab_size)
     options = config.optimizer
     dtype = device.newton_schulz_dtype(options.ns_dtype, gram=options.asks_for_gram)
-    check_backend(options.ns_backend, dtype)
+    try:
+        check_backend(options.ns_backend, dtype)
+    except UsageError as error:
+        raise UsageError(f"--ns-backend {options.ns_backend}: {error}") from error
     for _, prefix in loader.parse_blend(config.data.data_path):
         check_prefix(prefix)
         check_vocabulary(prefix, config.model.vocab_size)

@@ -134,7 +134,7 @@ def step_with_bad_gradients(prefix: str, folder: str, overrides: dict[str, Any])
         if bad is not None and rank == world_size - 1:
             # The NaN in a sharded matrix, the Inf in a replicated gain that this rank does not count in the norm.
             family = next(f for f in trainer.optimizer.families if f.routes[0].role == ROLE_OF_BAD[math.isnan(bad)])
-            family.routes[0].parameter.main_grad.view(-1)[0] = bad
+            family.blocks[0].of(family.routes[0].parameter.main_grad)[0, 0, 0] = bad
         success, _, _ = trainer.optimizer.step()
         after = [family.master for family in trainer.optimizer.families]
         states_after = [value for family in trainer.optimizer.families for value in family.state.values()]
@@ -146,9 +146,14 @@ def step_with_bad_gradients(prefix: str, folder: str, overrides: dict[str, Any])
     return {"taken": taken, "counters": counters}
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
-def test_a_non_finite_gradient_skips_the_step_on_every_rank(tmp_path: Path, world_size: int) -> None:
-    layout = TP2 if world_size == 2 else {}
+@pytest.mark.parametrize(
+    ("world_size", "layout"),
+    [(1, {}), (2, TP2), (2, {}), (2, {"pipeline_model_parallel_size": 2})],
+    ids=["one", "tp2", "dp2", "pp2"],
+)
+def test_a_non_finite_gradient_skips_the_step_on_every_rank(
+    tmp_path: Path, world_size: int, layout: dict[str, Any]
+) -> None:
     for result in run_distributed(step_with_bad_gradients, world_size, write_corpus(tmp_path), str(tmp_path), layout):
         assert result["taken"] == [(False, True), (False, True), (True, False)]
         assert result["counters"] == {"steps_taken": 1, "steps_skipped": 2}

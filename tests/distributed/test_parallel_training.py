@@ -16,6 +16,8 @@ from tests import tolerances
 from tests.run_distributed import free_port, run_distributed
 from tests.toy import toy_config, write_corpus
 
+# Several buckets, so that reductions and gathers do run beside the passes.
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 30000}
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "one": {},
@@ -27,6 +29,8 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "one-muon": {"optimizer": "muon"},
         "one-adamw": {"optimizer": "adamw", "lr": 0.005, "base_hidden_size": 32},
         "one-cosine": {"lr_decay_style": "cosine", "min_lr": 0.01},
+        "one-component": {"matrix_split": "component"},
+        "one-head": {"matrix_split": "head"},
         "one-wsd": {"lr_decay_style": "WSD", "lr_wsd_decay_iters": 5, "min_lr": 0.0},
         "one-warmup": {"lr_warmup_iters": 4, "lr_decay_style": "constant"},
     },
@@ -36,6 +40,13 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
         "pp2": {"pipeline_model_parallel_size": 2},
         "pp2-vpp2": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
         "dp2": {},
+        "dp2-overlap": OVERLAP,
+        "dp2-muon": {"optimizer": "muon"},
+        "dp2-adamw": {"optimizer": "adamw", "lr": 0.005, "base_hidden_size": 32},
+        "dp2-bf16": {"bf16": True, "momentum_dtype": "bf16", **OVERLAP},
+        "dp2-component": {"matrix_split": "component"},
+        "tp2-component": {"tensor_model_parallel_size": 2, "matrix_split": "component"},
+        "tp2-head": {"tensor_model_parallel_size": 2, "matrix_split": "head"},
         "tp2-tied": {"tensor_model_parallel_size": 2, "untie_embeddings_and_output_weights": False},
         "pp2-tied": {"pipeline_model_parallel_size": 2, "untie_embeddings_and_output_weights": False},
         "tp2-muon": {"tensor_model_parallel_size": 2, "optimizer": "muon"},
@@ -43,6 +54,10 @@ LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
     },
     4: {
         "tp2-dp2": {"tensor_model_parallel_size": 2},
+        "dp4": {},
+        "tp2-dp2-overlap": {"tensor_model_parallel_size": 2, "sequence_parallel": True, **OVERLAP},
+        "pp2-dp2-tied": {"pipeline_model_parallel_size": 2, "untie_embeddings_and_output_weights": False, **OVERLAP},
+        "vpp2-dp2": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2, **OVERLAP},
         "tp2-pp2": {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "sequence_parallel": True},
     },
 }
@@ -72,7 +87,13 @@ def largest_difference(run: list[dict[str, Any]], reference: list[dict[str, Any]
     return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(run, reference, strict=True))
 
 
-@pytest.mark.parametrize("name", ["tp2", "tp2-sp", "pp2", "pp2-vpp2", "dp2", "tp2-dp2", "tp2-pp2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("tp2", "tp2-sp", "pp2", "pp2-vpp2", "dp2", "dp2-overlap", "dp4"),
+        *("tp2-dp2", "tp2-dp2-overlap", "vpp2-dp2", "tp2-pp2"),
+    ],
+)
 def test_layout_equals_one_rank(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
     assert largest_difference(runs[name], runs["one"]) < tolerances.LAYOUT_LOSS
     assert largest_difference(runs[name], runs["one"], "grad_norm") < 100 * tolerances.LAYOUT_LOSS
@@ -80,12 +101,32 @@ def test_layout_equals_one_rank(runs: dict[str, list[dict[str, Any]]], name: str
 
 @pytest.mark.parametrize(
     ("name", "reference"),
-    [("tp2-tied", "one-tied"), ("pp2-tied", "one-tied"), ("tp2-muon", "one-muon"), ("tp2-adamw", "one-adamw")],
+    [
+        ("tp2-tied", "one-tied"),
+        ("pp2-tied", "one-tied"),
+        ("pp2-dp2-tied", "one-tied"),
+        ("tp2-muon", "one-muon"),
+        ("dp2-muon", "one-muon"),
+        ("tp2-adamw", "one-adamw"),
+        ("dp2-adamw", "one-adamw"),
+        ("dp2-component", "one-component"),
+        ("tp2-component", "one-component"),
+        ("tp2-head", "one-head"),
+    ],
 )
 def test_other_models_and_optimizers_equal_one_rank(
     runs: dict[str, list[dict[str, Any]]], name: str, reference: str
 ) -> None:
     assert largest_difference(runs[name], runs[reference]) < tolerances.LAYOUT_LOSS
+
+
+@pytest.mark.parametrize("name", ["one-component", "one-head"])
+def test_a_matrix_split_is_another_optimizer(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
+    assert largest_difference(runs[name], runs["one"]) > 100 * tolerances.LAYOUT_LOSS
+
+
+def test_overlap_changes_nothing(runs: dict[str, list[dict[str, Any]]]) -> None:
+    assert largest_difference(runs["dp2-overlap"], runs["dp2"]) == 0.0
 
 
 SCHEDULES: dict[str, Callable[[int], float]] = {
@@ -115,6 +156,8 @@ def test_weights_stay_on_their_spheres(runs: dict[str, list[dict[str, Any]]], na
     assert all(drift > 0 for drift in drifts)
 
 
-@pytest.mark.parametrize("name", ["one", "one-tied", "one-bf16", "one-muonh", "one-muon", "one-adamw"])
+@pytest.mark.parametrize(
+    "name", ["one", "one-tied", "one-bf16", "dp2-bf16", "one-muonh", "one-muon", "one-adamw", "one-head"]
+)
 def test_every_optimizer_learns(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
     assert runs[name][-1]["loss"] < 0.95 * runs[name][0]["loss"]
