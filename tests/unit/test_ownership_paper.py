@@ -146,7 +146,7 @@ def test_a_heavy_matrix_is_not_shared_where_that_is_not_faster() -> None:
     assert [entry.name for entry in heavy] == [f"{layer}.linear_fc1" for layer in range(DEPTH)]
     assert (plan.heavy, plan.team) == (len(heavy), 1)
     assert plan == plan_of(routes, ranks, 1, teams=False)
-    assert "24 weight(s) are heavier than the mean load, faster with one owner than shared" in plan.describe()
+    assert "24 weight(s) are heavier than the mean load, each with one owner" in plan.describe()
     # Sharing adds work and traffic: were it in perfect balance, every rank would have more to do than the busiest now.
     light = sum(seconds(entry, 1) for entry in routes if entry not in heavy)
     for team in (2, 4, 8, 16, 32, 64):
