@@ -69,6 +69,34 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True, slots=True)
+class MoEConfig:
+    """Mixture of experts, in the paper's terms (sparsity, top-k, shared expert) or in Megatron's."""
+
+    moe_sparsity: int = knob(0, "S: all experts over active ones; with --moe-topk makes S x K experts of FFN size / K")
+    moe_topk: int = knob(0, "K: experts per token, the shared one included")
+    moe_shared_expert: bool = knob(False, "one of the K is shared by all tokens: K - 1 of S x K - 1 are routed")
+    num_experts: int = knob(0, "routed experts of each layer; 0: a dense model [S x K, less the shared one]")
+    moe_router_topk: int = knob(0, "routed experts per token [K, less the shared one; else 2]")
+    moe_ffn_hidden_size: int = knob(0, "FFN size of an expert [FFN size / K; else the FFN size]")
+    moe_shared_expert_intermediate_size: int = knob(0, "FFN size of the shared expert [that of an expert, if shared]")
+    moe_gate: Literal["sqrt", "softmax"] = knob(
+        "sqrt", "gates are the square roots of the top-k probabilities, so that K changes no output, or those"
+    )
+    moe_router_load_balancing_type: Literal["global", "aux_loss", "seq_aux_loss", "global_aux_loss", "none"] = knob(
+        "global", "switch loss over the whole global batch, one of Megatron-Core's losses, or none"
+    )
+    moe_balance_statistics: Literal["previous", "exact"] = knob(
+        "previous", "loads in the global loss: of the batch before, or of this one by a forward pass ahead of time"
+    )
+    moe_aux_loss_coeff: float = knob(0.1, "weight of the load-balancing loss")
+    moe_z_loss_coeff: float = knob(0.0, "weight of the router's z-loss")
+    moe_expert_capacity_factor: float | None = knob(
+        None, "tokens that an expert takes, over its fair share; the others are dropped [none are]", POSITIVE
+    )
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = knob("alltoall", "how tokens travel to their experts")
+
+
+@dataclass(kw_only=True, slots=True)
 class ParallelConfig:
     """How ranks share the model. What tensor and pipeline parallelism leave over is data parallelism."""
 
@@ -77,6 +105,8 @@ class ParallelConfig:
     num_virtual_stages_per_pipeline_rank: int = knob(
         1, "model chunks per pipeline stage (interleaved schedule)", POSITIVE
     )
+    expert_model_parallel_size: int = knob(1, "ranks over which the experts of a layer are spread", POSITIVE)
+    expert_tensor_parallel_size: int = knob(1, "ranks that share each matrix of an expert", POSITIVE)
     sequence_parallel: bool = knob(False, "split the sequence over the tensor-parallel ranks between matrices")
     overlap_grad_reduce: bool | None = knob(
         None, "reduce gradients to their owners during the backward pass [under CUDA, where streams allow it]"
@@ -218,6 +248,7 @@ class Config:
     """A whole run; sections are the top-level keys of the YAML file."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     transfer: TransferConfig = field(default_factory=TransferConfig)
@@ -240,6 +271,13 @@ class Config:
         """Tokens per global batch."""
         return self.training.global_batch_size * self.model.seq_length
 
+    @property
+    def eta0(self) -> float:
+        """The base learning rate: as given, else the recipe's, which differs for mixtures of experts."""
+        if self.transfer.eta0 is not None:
+            return self.transfer.eta0
+        return self.recipe.moe_eta0 if self.moe.num_experts else self.recipe.eta0
+
     def learning_rate(self) -> LearningRate:
         """The transferred peak learning rate with its factors, or the explicit ``--lr`` with none."""
         if self.optimizer.lr is not None:
@@ -247,7 +285,7 @@ class Config:
         base = self.transfer
         return transfer.learning_rate(
             self.recipe,
-            eta0=self.recipe.eta0 if base.eta0 is None else base.eta0,
+            eta0=self.eta0,
             depth=self.model.num_layers,
             tokens=self.training.train_tokens,
             batch_tokens=self.batch_tokens,

@@ -22,23 +22,47 @@ ROLES: dict[str, tuple[str, ...]] = {
         "*.self_attention.linear_proj.weight",
         "*.mlp.linear_fc1.weight",
         "*.mlp.linear_fc2.weight",
+        "*.mlp.shared_experts.linear_fc[12].weight",
+        "*.mlp.experts.local_experts.*.linear_fc[12].weight",
+        "*.mlp.router.weight",
     ),
     "vector": ("*norm.weight", "*.layer_norm_weight", "*.bias"),
 }
 
 
 def named_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield a pipeline chunk's parameters, layers numbered from 0 over the whole model, wrappers' prefixes dropped."""
-    numbers = {
-        name: str(module.layer_number - 1)
-        for name, module in chunk.named_modules()
-        if hasattr(module, "layer_number") and re.search(r"\.layers\.\d+$", name)
-    }
+    """Yield a pipeline chunk's parameters, wrappers' prefixes dropped.
+
+    Layers are numbered from 0 over the whole model, and a layer's experts over all expert-parallel ranks.
+    """
+    numbers: dict[str, int] = {}
+    for name, module in chunk.named_modules():
+        if re.search(r"\.layers\.\d+$", name) and hasattr(module, "layer_number"):
+            numbers[name] = module.layer_number - 1
+        for local, number in enumerate(getattr(module, "local_expert_indices", ())):
+            numbers[f"{name}.experts.local_experts.{local}"] = number
     for name, parameter in chunk.named_parameters():
-        match = re.match(r"(.*\.layers)\.(\d+)\.(.*)", name)
-        if match:
-            name = f"{match[1]}.{numbers[f'{match[1]}.{match[2]}']}.{match[3]}"
-        yield re.sub(r"^(module\.)+", "", name), parameter
+        words = name.split(".")
+        # The prefix in the chunk's own numbering says the number in the whole model.
+        whole = [str(numbers.get(".".join(words[: end + 1]), word)) for end, word in enumerate(words)]
+        yield re.sub(r"^(module\.)+", "", ".".join(whole)), parameter
+
+
+EXPERT = ".experts."
+
+
+def mark_expert_parameters(chunk: torch.nn.Module, expert_tensor_parallel_size: int) -> None:
+    """Mark experts' parameters as such, and how their matrices are split, which Megatron-Core does on CPU alone.
+
+    Megatron-Core marks them only under expert parallelism. Without it, too, tensor-parallel ranks hold different tokens
+    for whole copies of an expert, so that its gradients are summed over other ranks than those of the other weights.
+    """
+    for name, parameter in chunk.named_parameters():
+        if EXPERT in name:
+            split = expert_tensor_parallel_size > 1 and parameter.ndim == 2
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.tensor_model_parallel = split  # type: ignore[attr-defined]
+            parameter.partition_dim = (0 if "linear_fc1" in name else 1) if split else REPLICATED  # type: ignore[attr-defined]
 
 
 def role_of(name: str, parameter: torch.Tensor) -> str:

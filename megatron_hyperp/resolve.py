@@ -15,6 +15,7 @@ from megatron_hyperp.config import (
     RANGES,
     Config,
     ModelConfig,
+    MoEConfig,
     TrainingConfig,
     data_parallel_size,
     flag_name,
@@ -29,6 +30,7 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -
     try:
         _check_ranges(config)
         _resolve_architecture(config.model, tokenizer_vocab_size)
+        _resolve_experts(config.model, config.moe)
         _check_parallelism(config, world_size)
         _resolve_duration(config)
         _resolve_scaling(config)
@@ -99,6 +101,81 @@ def _resolve_architecture(model: ModelConfig, tokenizer_vocab_size: int | None) 
         model.softmax_scale = transfer.softmax_scale(model.kv_channels)
 
 
+def _resolve_experts(model: ModelConfig, moe: MoEConfig) -> None:
+    """Derive Megatron's sizes from sparsity and top-k: S K experts of FFN size / K, of which one may be shared."""
+    sparsity, topk, shared = moe.moe_sparsity, moe.moe_topk, int(moe.moe_shared_expert)
+    if bool(sparsity) != bool(topk):
+        given, missing = ("--moe-sparsity", "--moe-topk") if sparsity else ("--moe-topk", "--moe-sparsity")
+        raise UsageError(f"{given} needs {missing} beside it: together they make S x K experts")
+    if topk:
+        if topk == 1 and shared:
+            raise UsageError(
+                "--moe-shared-expert leaves none of --moe-topk 1 to route; give 2 or more, or leave it out"
+            )
+        if model.ffn_hidden_size % topk:
+            raise UsageError(
+                f"--moe-topk {topk} does not divide the FFN size {model.ffn_hidden_size} into experts;"
+                f" the nearest --ffn-hidden-size: {_multiples(model.ffn_hidden_size, topk)}"
+            )
+        _fill(moe, num_experts=sparsity * topk - shared, moe_router_topk=topk - shared)
+        _fill(moe, moe_ffn_hidden_size=model.ffn_hidden_size // topk)
+    if not moe.num_experts:
+        for name in (
+            "moe_shared_expert",
+            "moe_router_topk",
+            "moe_ffn_hidden_size",
+            "moe_shared_expert_intermediate_size",
+        ):
+            if getattr(moe, name):
+                flags = "--num-experts, or --moe-sparsity and --moe-topk"
+                raise UsageError(f"{flag_name(name)} needs experts; give {flags}")
+        return
+    _fill(moe, moe_router_topk=min(2, moe.num_experts), moe_ffn_hidden_size=model.ffn_hidden_size)
+    if shared:
+        _fill(moe, moe_shared_expert_intermediate_size=moe.moe_ffn_hidden_size)
+    if moe.moe_router_topk > moe.num_experts:
+        raise UsageError(
+            f"--moe-router-topk {moe.moe_router_topk} is more than the {moe.num_experts} routed experts;"
+            f" give {moe.num_experts} at most"
+        )
+
+
+def _check_expert_parallelism(config: Config, world_size: int) -> None:
+    moe, parallel = config.moe, config.parallel
+    ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
+    tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    if not moe.num_experts:
+        if ep * etp > 1:
+            flag = "--expert-model-parallel-size" if ep > 1 else "--expert-tensor-parallel-size"
+            raise UsageError(f"{flag} {max(ep, etp)} needs experts; leave it out, or give --num-experts")
+        return
+    if tp > 1 and not parallel.sequence_parallel:
+        raise UsageError("experts under --tensor-model-parallel-size above 1 need --sequence-parallel; give it")
+    if moe.num_experts % ep:
+        raise UsageError(
+            f"--expert-model-parallel-size {ep} does not divide the {moe.num_experts} routed experts;"
+            f" those that do: {_divisors(moe.num_experts)}"
+        )
+    if etp not in (1, tp):
+        raise UsageError(f"--expert-tensor-parallel-size is {etp}; it must be 1 or --tensor-model-parallel-size {tp}")
+    if moe.moe_ffn_hidden_size % etp:
+        raise UsageError(
+            f"--expert-tensor-parallel-size {etp} does not divide --moe-ffn-hidden-size {moe.moe_ffn_hidden_size};"
+            f" the nearest: {_multiples(moe.moe_ffn_hidden_size, etp)}"
+        )
+    if world_size % (ep * etp * pp):
+        raise UsageError(
+            f"{world_size} rank(s) cannot hold expert x expert-tensor x pipeline parallelism {ep} x {etp} x {pp};"
+            f" start a multiple of {ep * etp * pp} ranks, or lower --expert-model-parallel-size"
+        )
+    if moe.moe_shared_expert_intermediate_size % tp:
+        raise UsageError(
+            f"--tensor-model-parallel-size {tp} does not divide --moe-shared-expert-intermediate-size"
+            f" {moe.moe_shared_expert_intermediate_size}; the nearest:"
+            f" {_multiples(moe.moe_shared_expert_intermediate_size, tp)}"
+        )
+
+
 def _resolve_vocabulary(model: ModelConfig, tokenizer_vocab_size: int | None) -> None:
     if not model.vocab_size:
         if tokenizer_vocab_size is None:
@@ -135,6 +212,7 @@ def _check_parallelism(config: Config, world_size: int) -> None:
             f"--sequence-parallel needs a --seq-length that --tensor-model-parallel-size {tp} divides,"
             f" not {model.seq_length}; the nearest: {_multiples(model.seq_length, tp)}"
         )
+    _check_expert_parallelism(config, world_size)
     _check_pipeline(config)
     _check_batch(config, world_size)
 
@@ -227,6 +305,7 @@ def _token_budget(config: Config) -> int:
         untie_embeddings_and_output_weights=model.untie_embeddings_and_output_weights,
     )
     _fill_from_depth(base, config.transfer.base_depth)
+    # Without the router, a mixture of experts has the active parameters, and so the budget, of its dense model.
     parameters, base_parameters = estimate.parameter_count(model), estimate.parameter_count(base)
     return transfer.token_budget(parameters, base_parameters, config.transfer.base_tokens)
 

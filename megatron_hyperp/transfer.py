@@ -21,7 +21,8 @@ class Recipe:
     """Which laws an optimizer's recipe applies.
 
     Attributes:
-        eta0: learning rate of the base model.
+        eta0: learning rate of the dense base model.
+        moe_eta0: learning rate of the mixture-of-experts base model.
         weight_decay: weight decay of the base model.
         depth_law: learning rate times sqrt(d0/d).
         token_law: learning rate times (T/T0)^-exponent.
@@ -32,6 +33,7 @@ class Recipe:
     """
 
     eta0: float
+    moe_eta0: float
     weight_decay: float
     depth_law: bool = False
     token_law: bool = False
@@ -41,13 +43,30 @@ class Recipe:
     width_mup: bool = False
 
 
-# eta0: MuonH with QK-norm from the HyperP paper (1.5e-2, dense); muP AdamW and the weight decay 0.1 from ArchScale's
-# defaults. The Muon baseline has no published base value for this parametrisation: tune it before a comparison.
+# eta0: MuonH with QK-norm from the HyperP paper (1.5e-2 dense, 1.4e-2 mixture of experts); muP AdamW and the weight
+# decay 0.1 from ArchScale's defaults. The Muon baseline has no published base value for this parametrisation: tune it
+# before a comparison.
 RECIPES: dict[str, Recipe] = {
-    "hyperp": Recipe(eta0=1.5e-2, weight_decay=0.0, depth_law=True, token_law=True, batch_law=True, depth_mup=True),
-    "muonh": Recipe(eta0=1.5e-2, weight_decay=0.0),
-    "muon": Recipe(eta0=1.5e-2, weight_decay=0.1, depth_law=True, batch_law=True, depth_mup=True, decay_law=True),
-    "adamw": Recipe(eta0=6e-4, weight_decay=0.1, batch_law=True, width_mup=True),
+    "hyperp": Recipe(
+        eta0=1.5e-2,
+        moe_eta0=1.4e-2,
+        weight_decay=0.0,
+        depth_law=True,
+        token_law=True,
+        batch_law=True,
+        depth_mup=True,
+    ),
+    "muonh": Recipe(eta0=1.5e-2, moe_eta0=1.4e-2, weight_decay=0.0),
+    "muon": Recipe(
+        eta0=1.5e-2,
+        moe_eta0=1.5e-2,
+        weight_decay=0.1,
+        depth_law=True,
+        batch_law=True,
+        depth_mup=True,
+        decay_law=True,
+    ),
+    "adamw": Recipe(eta0=6e-4, moe_eta0=6e-4, weight_decay=0.1, batch_law=True, width_mup=True),
 }
 
 

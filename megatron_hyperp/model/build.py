@@ -14,6 +14,8 @@ from megatron_hyperp import device
 from megatron_hyperp.config import Config
 from megatron_hyperp.model.init import initialize
 from megatron_hyperp.model.layer_specs import local_block_spec
+from megatron_hyperp.moe.balance import Balance
+from megatron_hyperp.parameters import mark_expert_parameters
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -58,6 +60,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         recompute_granularity=None if training.recompute_granularity == "none" else training.recompute_granularity,
         recompute_method=training.recompute_method if full else None,
         recompute_num_layers=training.recompute_num_layers if full else None,
+        **_expert_settings(config),
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -68,17 +71,60 @@ def transformer_config(config: Config) -> TransformerConfig:
     )
 
 
+def _expert_settings(config: Config) -> dict[str, Any]:
+    """Megatron-Core's settings for a mixture of experts; none for a dense model."""
+    moe, parallel = config.moe, config.parallel
+    if not moe.num_experts:
+        return {}
+    # Our global loss lives in the router, so Megatron-Core is told of none.
+    own = moe.moe_router_load_balancing_type in ("global", "none")
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_router_topk": moe.moe_router_topk,
+        "moe_ffn_hidden_size": moe.moe_ffn_hidden_size,
+        "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size or None,
+        "moe_router_load_balancing_type": "none" if own else moe.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": 0.0 if own else moe.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": moe.moe_z_loss_coeff or None,
+        "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
+        "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
+        "moe_router_dtype": "fp32",
+        # Megatron-Core insists for one expert per token; our router has its own gates.
+        "moe_router_pre_softmax": moe.moe_router_topk == 1,
+        "expert_model_parallel_size": parallel.expert_model_parallel_size,
+        "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+    }
+
+
 def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def build_model(config: Config, core_config: TransformerConfig) -> list[torch.nn.Module]:
-    """Build and initialize the pipeline chunks that this rank holds; Megatron's process groups must exist."""
+def build_balance(config: Config) -> Balance | None:
+    """Return the load statistics that all routers share, or None for a dense model."""
+    moe = config.moe
+    if not moe.num_experts:
+        return None
+    coefficient = moe.moe_aux_loss_coeff if moe.moe_router_load_balancing_type == "global" else 0.0
+    return Balance(config.model.num_layers, moe.num_experts, coefficient)
+
+
+def build_model(
+    config: Config, core_config: TransformerConfig, balance: Balance | None = None
+) -> list[torch.nn.Module]:
+    """Build and initialize the pipeline chunks that this rank holds; Megatron's process groups must exist.
+
+    Args:
+        config: resolved config.
+        core_config: the same, for Megatron-Core.
+        balance: of :func:`build_balance`.
+    """
     virtual = config.parallel.num_virtual_stages_per_pipeline_rank
     chunks: list[torch.nn.Module] = []
     for index in range(virtual):
         vp_stage = index if virtual > 1 else None
-        module: torch.nn.Module = _build_chunk(config, core_config, vp_stage).to(device.device())
+        module: torch.nn.Module = _build_chunk(config, core_config, vp_stage, balance).to(device.device())
+        mark_expert_parameters(module, config.parallel.expert_tensor_parallel_size)
         initialize(module, config)
         if config.training.bf16:
             module = Float16Module(core_config, module)
@@ -86,14 +132,20 @@ def build_model(config: Config, core_config: TransformerConfig) -> list[torch.nn
     return chunks
 
 
-def _build_chunk(config: Config, core_config: TransformerConfig, vp_stage: int | None) -> GPTModel:
+def _build_chunk(
+    config: Config, core_config: TransformerConfig, vp_stage: int | None, balance: Balance | None
+) -> GPTModel:
     model = config.model
     assert model.residual_multiplier is not None
     assert model.logits_multiplier is not None
     chunk = GPTModel(
         config=core_config,
         transformer_layer_spec=local_block_spec(
-            core_config, residual_multiplier=model.residual_multiplier, vp_stage=vp_stage
+            core_config,
+            residual_multiplier=model.residual_multiplier,
+            vp_stage=vp_stage,
+            gate=config.moe.moe_gate,
+            balance=balance,
         ),
         vocab_size=model.vocab_size,
         max_sequence_length=model.seq_length,

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 
 from megatron_hyperp.config import Config
 from megatron_hyperp.optim.sphere import sphere_radius
-from megatron_hyperp.parameters import REPLICATED, global_shape, named_parameters, partition_dim, role_of
+from megatron_hyperp.parameters import REPLICATED, global_shape, is_expert, named_parameters, partition_dim, role_of
 
 
 @torch.no_grad()
@@ -25,13 +25,13 @@ def initialize(chunk: torch.nn.Module, config: Config) -> None:
     Raises:
         ValueError: a parameter without a role.
     """
-    model, ranks = config.model, parallel_state.get_tensor_model_parallel_world_size()
-    rank = parallel_state.get_tensor_model_parallel_rank()
+    model = config.model
     for name, parameter in named_parameters(chunk):
         role = role_of(name, parameter)
         if role == "vector":
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
+        ranks, rank = _tensor_ranks(parameter)
         # With tied embeddings both ends of the pipeline draw the same matrix.
         key = "embedding.word_embeddings.weight" if role == "embedding" else name
         shape = global_shape(parameter, ranks)
@@ -50,6 +50,15 @@ def initialize(chunk: torch.nn.Module, config: Config) -> None:
             )
             whole.mul_(radius / float(torch.linalg.vector_norm(whole, dtype=torch.float64)))
         parameter.copy_(_shard(name, whole, partition_dim(parameter), rank, ranks))
+
+
+def _tensor_ranks(parameter: torch.Tensor) -> tuple[int, int]:
+    """Return how many ranks share the parameter's matrix, and which of them this one is."""
+    if is_expert(parameter):
+        group = parallel_state.get_expert_tensor_parallel_group()
+    else:
+        group = parallel_state.get_tensor_model_parallel_group()
+    return group.size(), group.rank()
 
 
 def _seed(seed: int, name: str) -> int:

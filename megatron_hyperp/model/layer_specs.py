@@ -11,6 +11,8 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hyperp.model.depth_mup import scaled_bias_dropout_add
+from megatron_hyperp.moe.balance import Balance
+from megatron_hyperp.moe.layer import with_sqrt_gate
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -29,7 +31,12 @@ class RMSNorm(torch.nn.RMSNorm):
 
 
 def local_block_spec(
-    config: TransformerConfig, *, residual_multiplier: float, vp_stage: int | None = None
+    config: TransformerConfig,
+    *,
+    residual_multiplier: float,
+    vp_stage: int | None = None,
+    gate: str = "sqrt",
+    balance: Balance | None = None,
 ) -> TransformerBlockSubmodules:
     """Return the spec of one pipeline chunk in Megatron-Core's local (plain PyTorch) layers.
 
@@ -37,6 +44,8 @@ def local_block_spec(
         config: of the model.
         residual_multiplier: factor on attention and MLP outputs.
         vp_stage: index of the chunk under the interleaved schedule.
+        gate: of the router, in a mixture of experts.
+        balance: statistics that all routers share; None for a dense model.
     """
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
     block = copy.deepcopy(block)
@@ -45,6 +54,8 @@ def local_block_spec(
         parts = layer.submodules
         parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
         parts.self_attn_bda = parts.mlp_bda = scaled_bias_dropout_add(residual_multiplier)
+        if balance is not None:
+            parts.mlp = with_sqrt_gate(parts.mlp, gate=gate, balance=balance)
         if config.qk_layernorm:
             attention = parts.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm

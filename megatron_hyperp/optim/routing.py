@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from megatron_hyperp.optim.sphere import sphere_radius
-from megatron_hyperp.parameters import DISTINCT, REPLICATED, Block, global_shape, partition_dim, role_of
+from megatron_hyperp.parameters import DISTINCT, REPLICATED, Block, global_shape, is_expert, partition_dim, role_of
 
 Rule = Literal["muonh", "adamh", "muon", "adamw"]
 
@@ -78,6 +78,7 @@ def route(
     *,
     optimizer: str,
     tensor_parallel_size: int,
+    expert_tensor_parallel_size: int = 1,
     radius_scale: float = 1.0,
     output_init_std: float = 0.02,
     matrix_lr_mult: float = 1.0,
@@ -92,6 +93,7 @@ def route(
         named_parameters: names and this rank's parts.
         optimizer: a key of :data:`RULES`.
         tensor_parallel_size: ranks over which parameters marked ``tensor_model_parallel`` are split.
+        expert_tensor_parallel_size: the same for those of experts.
         radius_scale: factor on MuonH radii.
         output_init_std: fixes the output layer's radius.
         matrix_lr_mult: learning-rate factor of hidden matrices (muP).
@@ -117,8 +119,9 @@ def route(
         role = role_of(name, parameter)
         rule = RULES[optimizer][role]
         split = matrix_split if rule in MUON_RULES else "fused"
+        ranks = expert_tensor_parallel_size if is_expert(parameter) else tensor_parallel_size
         for part, block, dim in _parts(name, parameter, split, heads):
-            shape = _global_shape(parameter, block, dim, tensor_parallel_size)
+            shape = _global_shape(parameter, block, dim, ranks)
             radius = None
             if rule in SPHERE_RULES:
                 radius = sphere_radius(role, shape, radius_scale=radius_scale, output_init_std=output_init_std)

@@ -38,12 +38,18 @@ ARCHITECTURE = (
     "softmax_scale",
     "residual_multiplier",
     "logits_multiplier",
+    "num_experts",
+    "moe_router_topk",
+    "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_gate",
 )
 # Settings that fix the spheres: on other ones a run would rescale every weight at its first step.
 SPHERES = (("optimizer", "radius_scale"), ("optimizer", "matrix_split"), ("model", "output_init_std"))
 # Sections that decide the course of training, with their fields that do not.
 COURSE = {
     "model": {*ARCHITECTURE, "depth", "aspect_ratio", "make_vocab_size_divisible_by", "embedding_init_std"},
+    "moe": {*ARCHITECTURE, "moe_sparsity", "moe_topk", "moe_shared_expert", "moe_token_dispatcher_type"},
     "optimizer": {"ns_strategy", "ns_backend"},
     "transfer": set[str](),
     "data": {"data_cache_path", "num_workers"},
@@ -154,17 +160,18 @@ def check_compatible(folder: Path, config: Config) -> None:
             f"the checkpoint {folder} has its weights on other spheres: {'; '.join(changed)}; give its values",
             same_on_all_ranks=True,
         )
-    differing = [
-        f"{name} is {getattr(saved.model, name)} there, {getattr(config.model, name)} here"
-        for name in ARCHITECTURE
-        if getattr(saved.model, name) != getattr(config.model, name)
-    ]
+    then, now = _architecture(saved), _architecture(config)
+    differing = [f"{name} is {then[name]} there, {now[name]} here" for name in ARCHITECTURE if then[name] != now[name]]
     if differing:
         raise UsageError(
             f"the checkpoint {folder} has another architecture: {'; '.join(differing)}; give its values, or start anew"
             " with another --save and no --load",
             same_on_all_ranks=True,
         )
+
+
+def _architecture(config: Config) -> dict[str, Any]:
+    return {**dataclasses.asdict(config.model), **dataclasses.asdict(config.moe)}
 
 
 def changed_settings(folder: Path, config: Config) -> list[str]:
@@ -189,7 +196,12 @@ def is_of_run(folder: Path, config: Config) -> bool:
 
 
 def save_checkpoint(
-    config: Config, progress: Progress, chunks: Sequence[torch.nn.Module], optimizer: Any, run_id: str | None = None
+    config: Config,
+    progress: Progress,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: Any,
+    balance: Any = None,
+    run_id: str | None = None,
 ) -> Path:
     """Write a checkpoint, make it the latest, drop those beyond ``--keep``; a collective call.
 
@@ -198,6 +210,7 @@ def save_checkpoint(
         progress: where the run stands.
         chunks: this rank's pipeline chunks.
         optimizer: the Megatron optimizer.
+        balance: loads of a mixture of experts; None for a dense model.
         run_id: of the Weights & Biases run, so that a resumed run continues it.
 
     Returns:
@@ -221,6 +234,7 @@ def save_checkpoint(
         "layout": _layout(),
         "version": __version__,
         "run_id": run_id,
+        "balance": None if balance is None else balance.state(),
     }
     dist_checkpointing.save(state, str(partial))
     dist.barrier()
@@ -234,8 +248,10 @@ def save_checkpoint(
     return folder
 
 
-def load_checkpoint(folder: Path, chunks: Sequence[torch.nn.Module], optimizer: Any) -> tuple[Progress, str | None]:
-    """Restore model, optimizer and random state; a collective call.
+def load_checkpoint(
+    folder: Path, chunks: Sequence[torch.nn.Module], optimizer: Any, balance: Any = None
+) -> tuple[Progress, str | None]:
+    """Restore model, optimizer, expert loads and random state; a collective call.
 
     The random state is restored only under the layout that wrote it; without dropout nothing depends on it.
 
@@ -267,6 +283,8 @@ def load_checkpoint(folder: Path, chunks: Sequence[torch.nn.Module], optimizer: 
     for index, chunk in enumerate(chunks):
         _model(chunk).load_state_dict(loaded[f"model{index}"])
     optimizer.load_state_dict(loaded["optimizer"])
+    if balance is not None:
+        balance.load(loaded["balance"])
     if same_layout:
         _restore_random_state(loaded["rng"][0])
     return Progress(**loaded["progress"]), loaded["run_id"]

@@ -77,14 +77,19 @@ class MetricsWriter:
         except Exception as error:  # a logging service must not take the training down with it
             print(f"wandb does not start ({error}); the run goes on without it", file=sys.stderr)
 
-    def write(self, row: Mapping[str, float | int]) -> None:
-        """Write one row; ``iteration`` is its position on the time axis."""
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Write one row; ``iteration`` is its position on the time axis.
+
+        Its values are numbers, or lists of finite numbers, which go to metrics.jsonl alone.
+        """
         if self._file is None:
             return
         # JSON has no NaN and no infinity.
-        plain = {name: value if math.isfinite(value) else None for name, value in row.items()}
+        plain = {
+            name: value if isinstance(value, list) or math.isfinite(value) else None for name, value in row.items()
+        }
         self._file.write(json.dumps(plain) + "\n")
-        values = {name: value for name, value in row.items() if name != "iteration"}
+        values = {name: value for name, value in row.items() if name != "iteration" and not isinstance(value, list)}
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, row["iteration"])

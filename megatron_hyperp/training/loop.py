@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,6 +62,8 @@ def initialize_megatron(config: Config) -> None:
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
         virtual if virtual > 1 else None,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         # Gloo twins of the NCCL groups, for CPU tensors: nothing here sends any.
         create_gloo_process_groups=False,
@@ -81,7 +84,7 @@ class Trainer:
     def __init__(self, config: Config, tokenizer: Any, resume_from: Path | None) -> None:
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-        from megatron_hyperp.model.build import build_model, transformer_config
+        from megatron_hyperp.model.build import build_balance, build_model, transformer_config
         from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
         from megatron_hyperp.optim.distributed import get_hyperp_optimizer
 
@@ -92,9 +95,10 @@ class Trainer:
         initialize_megatron(config)
         self._announce()
         core_config, parallel = transformer_config(config), config.parallel
+        self.balance = build_balance(config)
         self.chunks = wrap_for_data_parallelism(
             core_config,
-            build_model(config, core_config),
+            build_model(config, core_config, self.balance),
             overlap_grad_reduce=device.overlaps(parallel.overlap_grad_reduce),
             overlap_param_gather=device.overlaps(parallel.overlap_param_gather),
         )
@@ -119,7 +123,9 @@ class Trainer:
         self._skips_in_a_row = 0
         self.progress, run_id = Progress(), None
         if resume_from is not None:
-            self.progress, run_id = checkpointing.load_checkpoint(resume_from, self.chunks, self.optimizer)
+            self.progress, run_id = checkpointing.load_checkpoint(
+                resume_from, self.chunks, self.optimizer, self.balance
+            )
             self.scheduler.step(self.progress.iteration)
             self.console.print(f"resumed from {resume_from} at iteration {self.progress.iteration}")
             for line in checkpointing.changed_settings(resume_from, config):
@@ -134,10 +140,12 @@ class Trainer:
         config, model, parallel = self.config, self.config.model, self.config.parallel
         self.console.print(f"megatron-hyperp on {self.world_size} x {device.describe()}")
         self.console.print(
-            f"model: {estimate.parameter_count(model):,} parameters, {model.num_layers} layers, width"
+            f"model: {estimate.parameter_count(model, config.moe):,} parameters, {model.num_layers} layers, width"
             f" {model.hidden_size}, FFN {model.ffn_hidden_size}, {model.num_attention_heads} heads of"
             f" {model.kv_channels} in {model.num_query_groups} groups, vocabulary {model.vocab_size}"
         )
+        if config.moe.num_experts:
+            self._announce_experts()
         self.console.print(
             f"layout: TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x DP"
             f" {data_parallel_size(config, self.world_size)}; {config.training.train_iters} iterations of"
@@ -148,6 +156,16 @@ class Trainer:
             f"residual multiplier {model.residual_multiplier:.4g}, attention scale {model.softmax_scale:.4g},"
             f" weight decay {config.optimizer.weight_decay:g}, {config.optimizer.lr_decay_style} decay to"
             f" {config.optimizer.min_lr:.3g}"
+        )
+
+    def _announce_experts(self) -> None:
+        moe, parallel = self.config.moe, self.config.parallel
+        shared = moe.moe_shared_expert_intermediate_size
+        self.console.print(
+            f"experts: {moe.moe_router_topk} of {moe.num_experts} per token, FFN {moe.moe_ffn_hidden_size}"
+            + (f", and a shared one of {shared}" if shared else "")
+            + f"; {moe.moe_gate} gate; {estimate.parameter_count(self.config.model, moe, active=True):,} active"
+            f" parameters; EP {parallel.expert_model_parallel_size} x expert TP {parallel.expert_tensor_parallel_size}"
         )
 
     def _build_data(self, tokenizer: Any) -> None:
@@ -200,7 +218,7 @@ class Trainer:
         meter = Meter(self)
         while self.progress.iteration < training.train_iters:
             lr = self._base_lr()
-            losses = self._forward_backward(batches, forward_only=False)
+            losses = self._train_batch(batches)
             taken, grad_norm, _ = self.optimizer.step()
             self._watch_skips(taken)
             self.scheduler.step(1)
@@ -239,6 +257,28 @@ class Trainer:
         """The learning rate of tensors whose multiplier is 1."""
         return float(self.scheduler.get_lr({}))
 
+    def _train_batch(self, batches: list[Batches]) -> torch.Tensor:
+        """Run a global batch forward and backward, the routers' loads counted; return as :meth:`_forward_backward`."""
+        if self.balance is None:
+            return self._forward_backward(batches, forward_only=False)
+        if self.config.moe.moe_balance_statistics == "exact":
+            held = [list(itertools.islice(iterator, self._micro_batches())) for iterator in batches]
+            self.balance.looks_ahead = True
+            with torch.no_grad():
+                self._forward_backward([iter(chunk) for chunk in held], forward_only=True)
+            self.balance.looks_ahead = False
+            self.balance.finish()
+            batches = [iter(chunk) for chunk in held]
+        losses = self._forward_backward(batches, forward_only=False)
+        self.balance.finish()
+        return losses
+
+    def _micro_batches(self) -> int:
+        """Micro-batches of a step on each rank."""
+        training = self.config.training
+        share = training.micro_batch_size * data_parallel_size(self.config, self.world_size)
+        return training.global_batch_size // share
+
     def _forward_backward(self, batches: list[Batches], *, forward_only: bool) -> torch.Tensor:
         """Run one global batch; return this rank's [sum of losses, tokens], zeros but on the last pipeline stage."""
         from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -248,12 +288,11 @@ class Trainer:
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-        share = training.micro_batch_size * data_parallel_size(self.config, self.world_size)
         outputs = get_forward_backward_func()(
             forward_step_func=forward_step,
             data_iterator=batches if len(batches) > 1 else batches[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=training.global_batch_size // share,
+            num_microbatches=self._micro_batches(),
             seq_length=self.config.model.seq_length,
             micro_batch_size=training.micro_batch_size,
             forward_only=forward_only,
@@ -294,7 +333,7 @@ class Trainer:
     def _save(self) -> None:
         started = time.monotonic()
         folder = checkpointing.save_checkpoint(
-            self.config, self.progress, self.chunks, self.optimizer, run_id=self.writer.run_id
+            self.config, self.progress, self.chunks, self.optimizer, self.balance, run_id=self.writer.run_id
         )
         self.console.print(f"saved {folder} in {time.monotonic() - started:.1f} s")
 
@@ -351,7 +390,7 @@ class Meter:
         """Write and print the interval's row; a collective call."""
         trainer, config = self._trainer, self._trainer.config
         self._read_clock()
-        row: dict[str, float | int] = {
+        row: dict[str, Any] = {
             "iteration": trainer.progress.iteration,
             "tokens": trainer.progress.consumed_tokens,
             "loss": trainer.global_mean(self._losses),
@@ -361,9 +400,11 @@ class Meter:
             "radius_drift": trainer.optimizer.radius_drift(),
             "skipped": trainer.optimizer.steps_skipped,
         }
+        if trainer.balance is not None:
+            row.update(trainer.balance.metrics())
         peak = config.logging.peak_tflops or device.peak_tflops()
         if peak:
-            flops = estimate.train_flops_per_token(config.model) * row["tokens_per_s"]
+            flops = estimate.train_flops_per_token(config.model, config.moe) * row["tokens_per_s"]
             row["mfu"] = flops / (peak * 1e12 * trainer.world_size)
         trainer.writer.write(row)
         trainer.console.status(row)

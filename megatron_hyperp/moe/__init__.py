@@ -1,0 +1,1 @@
+"""Mixture of experts whose output does not depend on granularity: SqrtGate, shared-expert mix, global balance."""

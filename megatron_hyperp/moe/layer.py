@@ -1,0 +1,37 @@
+"""The mixture-of-experts block: Megatron-Core's MoELayer with SqrtGate and a variance-preserving shared expert."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+
+from megatron_hyperp.moe.balance import Balance
+from megatron_hyperp.moe.sqrt_gate import SqrtGateRouter
+
+
+class HyperPMoELayer(MoELayer):  # type: ignore[misc]  # Megatron-Core has no types
+    """Routed and shared experts mixed as sqrt(1/2) each, which keeps the variance of one (arXiv 2603.28743)."""
+
+    def postprocess(self, output: torch.Tensor, shared_expert_output: torch.Tensor | None) -> torch.Tensor:
+        """Combine the routed experts' sum with the shared expert's output, [sequence, batch, hidden] each."""
+        routed = super().postprocess(output, None)
+        if shared_expert_output is None:
+            return routed
+        return math.sqrt(0.5) * (routed + shared_expert_output)
+
+
+def with_sqrt_gate(spec: ModuleSpec, *, gate: str, balance: Balance) -> ModuleSpec:
+    """Turn Megatron-Core's spec of a mixture-of-experts block into ours, in place.
+
+    Args:
+        spec: of a ``MoELayer``.
+        gate: "sqrt" or "softmax".
+        balance: shared by all layers.
+    """
+    spec.module = HyperPMoELayer
+    spec.submodules.router = partial(SqrtGateRouter, gate=gate, balance=balance)
+    return spec

@@ -1,0 +1,109 @@
+"""SqrtGate: gates are square roots of probabilities, so that the output's RMS does not depend on top-k.
+
+With gates g_i = sqrt(p_i), sum g_i^2 = 1: the variance of a sum of uncorrelated expert outputs is that of one expert,
+whatever their number. Softmax gates, whose plain sum is 1, let it fall as 1/k (arXiv 2603.28743, SqrtGate).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping, compute_routing_scores_for_aux_loss
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_hyperp.moe.balance import Balance
+
+# The power of the probability that a gate is.
+POWERS = {"sqrt": 0.5, "softmax": 1.0}
+
+
+def sqrt_gate(logits: torch.Tensor, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the square roots of the softmax over each token's largest logits, and which experts those are.
+
+    Args:
+        logits: [tokens, experts].
+        topk: experts per token.
+
+    Returns:
+        Gates [tokens, topk], largest first, whose squares sum to 1; indices [tokens, topk].
+
+    Raises:
+        ValueError: ``topk`` is not between 1 and the number of experts.
+    """
+    return topk_gates(logits, topk, POWERS["sqrt"])
+
+
+def topk_gates(logits: torch.Tensor, topk: int, power: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`sqrt_gate`, with any power of the probabilities.
+
+    The power is taken of the logarithm: the gradient then has no 1/sqrt(p), which is infinite where p underflows.
+    """
+    if not 1 <= topk <= logits.shape[-1]:
+        raise ValueError(f"topk is {topk}; it must be from 1 to the number of experts, {logits.shape[-1]}")
+    largest, indices = torch.topk(logits, topk, dim=-1)
+    return torch.exp(power * torch.log_softmax(largest, dim=-1)), indices
+
+
+class SqrtGateRouter(TopKRouter):  # type: ignore[misc]  # Megatron-Core has no types
+    """Megatron-Core's top-k router with another gate, and a load-balancing loss over the whole global batch.
+
+    Args:
+        config: of the model; its load-balancing type is one of Megatron-Core's, or "none" with ``balance``.
+        pg_collection: Megatron-Core's process groups.
+        gate: a key of :data:`POWERS`.
+        balance: statistics of the global batch for the global loss; None without that loss.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, pg_collection: Any = None, *, gate: str = "sqrt", balance: Balance
+    ) -> None:
+        super().__init__(config=config, pg_collection=pg_collection)
+        self.power = POWERS[gate]
+        self.balance = balance
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Choose experts and gates.
+
+        Args:
+            logits: [sequence, batch, experts], fp32.
+            padding_mask: not used by this trainer, must be None.
+
+        Returns:
+            Gates [tokens, experts], zero where an expert is not chosen, and whether it is [tokens, experts].
+        """
+        assert padding_mask is None
+        sequence, batch = logits.shape[:2]
+        logits = self.apply_z_loss(logits.reshape(-1, self.num_experts))
+        gates, indices = topk_gates(logits, self.topk, self.power)
+        probs = torch.zeros_like(logits).scatter(1, indices, gates)
+        routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter(1, indices, True)
+        # The losses count what the router asked for, before any token is dropped.
+        probs = self._balanced(probs, logits, routing_map, sequence, batch)
+        if self.config.moe_expert_capacity_factor is not None:
+            probs, routing_map = apply_router_token_dropping(
+                probs,
+                routing_map,
+                router_topk=self.topk,
+                capacity_factor=self.config.moe_expert_capacity_factor,
+                drop_policy=self.config.moe_token_drop_policy,
+                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
+            )
+        return probs, routing_map
+
+    def _balanced(
+        self, probs: torch.Tensor, logits: torch.Tensor, routing_map: torch.Tensor, sequence: int, batch: int
+    ) -> torch.Tensor:
+        """Attach the load-balancing loss to the gates, so that the backward pass reaches it."""
+        if not self.training:
+            return probs
+        probs = self.balance.attach(probs, logits, routing_map, layer=self.layer_number - 1)
+        if not torch.is_grad_enabled() or not self.is_aux_loss_enabled():
+            return probs
+        chosen, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
+        probs = self._apply_aux_loss(probs, scores, chosen)
+        probs = self._apply_seq_aux_loss(probs, scores, chosen, sequence, batch)
+        return self._apply_global_aux_loss(probs, scores, chosen)
