@@ -132,6 +132,7 @@ def adapt_megatron() -> None:
     if not has_cuda():
         _adapt_torch()
         _adapt_random()
+    _mend_experts()
 
 
 def _quiet_megatron() -> None:
@@ -140,6 +141,25 @@ def _quiet_megatron() -> None:
     for category in (FutureWarning, UserWarning, DeprecationWarning):
         warnings.filterwarnings("ignore", category=category, module=r"megatron\.core.*")
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
+
+
+def _mend_experts() -> None:
+    """Mend two gaps of Megatron-Core's mixture of experts: without TransformerEngine, and on CPU."""
+    utilities: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    if not hasattr(utilities, "te_general_gemm"):
+        # Asked for before it is looked whether there is one.
+        utilities.te_general_gemm = None
+    if has_cuda():
+        return
+    original = utilities.maybe_move_tensor_to_cpu
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        # Split sizes have to be numbers; a tensor that is on the CPU already would stay one.
+        moved = original(tensor, as_numpy, record_stream)
+        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
+
+    utilities.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = to_cpu
 
 
 class _Stream:

@@ -365,6 +365,7 @@ def get_hyperp_optimizer(
         [pair for chunk in model_chunks for pair in named_parameters(chunk)],
         optimizer=options.optimizer,
         tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
+        expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
         radius_scale=options.radius_scale,
         output_init_std=model.output_init_std,
         matrix_lr_mult=width_multiplier(config),
