@@ -1,10 +1,17 @@
 #!/usr/bin/env bash
 # Set up, then pretrain a small HyperP model on text that is on this machine, with two tensor-parallel ranks:
 # install into .venv, train a tokenizer, make a corpus, train half way, resume, draw the run.
+# With --moe as the first argument it is a mixture of experts with two expert-parallel ranks.
 # Further arguments go to the training, for example: bash examples/quickstart.sh --optimizer adamw --eta0 0.003
 set -euo pipefail
 cd "$(dirname "$0")/.."
 run=runs/quickstart
+model=(--config examples/configs/quickstart.yaml --tensor-model-parallel-size 2)
+if [ "${1-}" = --moe ]; then
+  shift
+  run=runs/quickstart-moe
+  model=(--config examples/configs/quickstart_moe.yaml --expert-model-parallel-size 2)
+fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-}" # on CPU, also where there are GPUs
 started=$SECONDS
@@ -27,8 +34,7 @@ $python tools/preprocess_data.py --python-corpus --max-bytes 20MB --tokenizer "$
   --output-prefix "$run/data/python" --workers 2
 
 train() {
-  .venv/bin/torchrun --standalone --nproc-per-node 2 examples/pretrain_gpt.py \
-    --config examples/configs/quickstart.yaml --tensor-model-parallel-size 2 \
+  .venv/bin/torchrun --standalone --nproc-per-node 2 examples/pretrain_gpt.py "${model[@]}" \
     --data-path "$run/data/python" --tokenizer-model "$run/data/tokenizer.model" \
     --run-dir "$run" --save "$run/checkpoints" --load "$run/checkpoints" "$@"
 }
@@ -44,8 +50,9 @@ cat <<END
 
 Done in $((SECONDS - started)) s. In $run:
   report.png     loss, learning rate, gradient norm, radius drift     metrics.jsonl  the same as numbers
-  config.yaml    every setting, as resolved                           checkpoints/   any TP and PP can load them
+  config.yaml    every setting, as resolved                           checkpoints/   any layout can load them
 Next:
+  with experts   bash examples/quickstart.sh --moe
   a baseline     bash examples/quickstart.sh --optimizer adamw --eta0 0.003
   your text      .venv/bin/python tools/preprocess_data.py --help
   the paper      .venv/bin/python examples/pretrain_gpt.py --help    (--depth 8 is its base model)

@@ -134,6 +134,14 @@ DERIVED_SIZES = (
     "num_query_groups",
     "kv_channels",
 )
+# Flags from which others follow, with their section and those that follow.
+DERIVATIONS = {
+    "depth": ("model", DERIVED_SIZES),
+    "aspect_ratio": ("model", DERIVED_SIZES),
+    "moe_sparsity": ("moe", ("num_experts",)),
+    "moe_topk": ("moe", ("num_experts", "moe_router_topk", "moe_ffn_hidden_size")),
+    "moe_shared_expert": ("moe", ("num_experts", "moe_router_topk", "moe_shared_expert_intermediate_size")),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -193,12 +201,14 @@ def parse(argv: list[str], *, description: str) -> Config:
 
 
 def _check_derivation(config: Config, given: dict[str, Any], source: str) -> None:
-    """Refuse ``--depth`` or ``--aspect-ratio`` beside a file that fixes the sizes that would follow from them."""
-    fixed = [name for name in DERIVED_SIZES if getattr(config.model, name) and name not in given]
-    for name in ("depth", "aspect_ratio"):
+    """Refuse a flag of :data:`DERIVATIONS` beside a file that fixes what would follow from it."""
+    for name, (section, followers) in DERIVATIONS.items():
+        fixed = [other for other in followers if getattr(getattr(config, section), other) and other not in given]
         if name in given and fixed:
+            flag = "--no-moe-shared-expert" if given[name] is False else flag_name(name)
+            value = "" if isinstance(given[name], bool) else f" {given[name]}"
             raise UsageError(
-                f"{flag_name(name)} {given[name]} changes nothing in {source}, which sets {', '.join(fixed)};"
+                f"{flag}{value} changes nothing in {source}, which sets {', '.join(fixed)};"
                 " take those out of the file (a run's config.yaml has them all: start from the file you gave it)",
                 same_on_all_ranks=True,
             )

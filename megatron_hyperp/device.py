@@ -82,6 +82,17 @@ def symmetric_blocks(size: int) -> int:
     return 4 if size < 512 else 8
 
 
+# Two megabytes. Newton-Schulz reads each matrix in some ten products, one after another: runs of matrices that stay in
+# the second-level cache meanwhile beat single calls, which start too many products, and batches of tens of megabytes,
+# which fetch every operand from memory again. (tests/unit/test_batched_newton_schulz.py)
+_NEWTON_SCHULZ_CHUNK = 1 << 21
+
+
+def newton_schulz_chunk() -> int | None:
+    """Bytes of matrices that Newton-Schulz takes at once on CPU; None under CUDA, which wants the whole batch."""
+    return None if has_cuda() else _NEWTON_SCHULZ_CHUNK
+
+
 # Peak dense bf16 TFLOP/s without sparsity, from NVIDIA's data sheets (SXM versions).
 _PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
 

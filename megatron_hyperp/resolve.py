@@ -120,15 +120,7 @@ def _resolve_experts(model: ModelConfig, moe: MoEConfig) -> None:
         _fill(moe, num_experts=sparsity * topk - shared, moe_router_topk=topk - shared)
         _fill(moe, moe_ffn_hidden_size=model.ffn_hidden_size // topk)
     if not moe.num_experts:
-        for name in (
-            "moe_shared_expert",
-            "moe_router_topk",
-            "moe_ffn_hidden_size",
-            "moe_shared_expert_intermediate_size",
-        ):
-            if getattr(moe, name):
-                flags = "--num-experts, or --moe-sparsity and --moe-topk"
-                raise UsageError(f"{flag_name(name)} needs experts; give {flags}")
+        _check_dense(moe)
         return
     _fill(moe, moe_router_topk=min(2, moe.num_experts), moe_ffn_hidden_size=model.ffn_hidden_size)
     if shared:
@@ -138,6 +130,33 @@ def _resolve_experts(model: ModelConfig, moe: MoEConfig) -> None:
             f"--moe-router-topk {moe.moe_router_topk} is more than the {moe.num_experts} routed experts;"
             f" give {moe.num_experts} at most"
         )
+    if moe.moe_balance_statistics == "exact" and not (
+        moe.moe_router_load_balancing_type == "global" and moe.moe_aux_loss_coeff
+    ):
+        raise UsageError(
+            "--moe-balance-statistics exact needs the global loss, but --moe-router-load-balancing-type is"
+            f" {moe.moe_router_load_balancing_type} and --moe-aux-loss-coeff {moe.moe_aux_loss_coeff:g}; leave it out,"
+            " or give global and a weight above 0"
+        )
+
+
+def _check_dense(moe: MoEConfig) -> None:
+    """Refuse what would have no effect without experts."""
+    names = (
+        "moe_shared_expert",
+        "moe_router_topk",
+        "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+        "moe_z_loss_coeff",
+        "moe_expert_capacity_factor",
+    )
+    given = [flag_name(name) for name in names if getattr(moe, name)]
+    if moe.moe_balance_statistics == "exact":
+        given.append("--moe-balance-statistics exact")
+    if given:
+        raise UsageError(
+            f"{given[0]} needs experts; give --num-experts, or --moe-sparsity and --moe-topk, or leave it out"
+        )
 
 
 def _check_expert_parallelism(config: Config, world_size: int) -> None:
@@ -145,19 +164,22 @@ def _check_expert_parallelism(config: Config, world_size: int) -> None:
     ep, etp = parallel.expert_model_parallel_size, parallel.expert_tensor_parallel_size
     tp, pp = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     if not moe.num_experts:
-        if ep * etp > 1:
-            flag = "--expert-model-parallel-size" if ep > 1 else "--expert-tensor-parallel-size"
-            raise UsageError(f"{flag} {max(ep, etp)} needs experts; leave it out, or give --num-experts")
+        for flag, size in (("--expert-model-parallel-size", ep), ("--expert-tensor-parallel-size", etp)):
+            if size > 1:
+                raise UsageError(f"{flag} {size} needs experts; leave it out, or give --num-experts")
         return
     if tp > 1 and not parallel.sequence_parallel:
-        raise UsageError("experts under --tensor-model-parallel-size above 1 need --sequence-parallel; give it")
+        raise UsageError(f"experts under --tensor-model-parallel-size {tp} need --sequence-parallel; give it")
     if moe.num_experts % ep:
         raise UsageError(
             f"--expert-model-parallel-size {ep} does not divide the {moe.num_experts} routed experts;"
-            f" those that do: {_divisors(moe.num_experts)}"
+            f" those that do: {_divisors(moe.num_experts)}; the nearest --num-experts that it divides:"
+            f" {_multiples(moe.num_experts, ep)}"
         )
     if etp not in (1, tp):
-        raise UsageError(f"--expert-tensor-parallel-size is {etp}; it must be 1 or --tensor-model-parallel-size {tp}")
+        raise UsageError(
+            f"--expert-tensor-parallel-size is {etp}; it must be 1, or --tensor-model-parallel-size, which is {tp}"
+        )
     if moe.moe_ffn_hidden_size % etp:
         raise UsageError(
             f"--expert-tensor-parallel-size {etp} does not divide --moe-ffn-hidden-size {moe.moe_ffn_hidden_size};"

@@ -23,7 +23,7 @@ import torch.distributed as dist
 # The benchmarks are no installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.optimizer_step.measuring import in_turns, run_ranks, seconds
+from benchmarks.optimizer_step.measuring import WARM_UPS, in_turns, run_ranks, seconds
 from benchmarks.optimizer_step.others import all_reduce_per_iteration, redundant_per_matrix
 from benchmarks.optimizer_step.slices import SLICES
 from benchmarks.optimizer_step.whole_step import run as run_whole_steps
@@ -32,15 +32,14 @@ from megatron_hyperp.errors import UsageError, run_command
 from megatron_hyperp.optim.orthogonalize import BACKENDS, NewtonSchulz, check_backend
 from megatron_hyperp.optim.tensor_parallel import STRATEGIES, Job, choose, costs, machine_of, orthogonalize_family
 
-# (count, rows, columns, sharded dimension) of families. "design" is the shape of the claims; the others are eight
-# layers of the paper's models, or most experts of one, at a quarter of the width: fused QKV, attention projection, gate
-# and up, down.
+# (count, rows, columns, sharded dimension) of families. "design" is the shape of the claims; the others are layers
+# or experts of the paper's models at a quarter of the width: fused QKV, attention projection, gate and up, down.
 FAMILIES = {
     "design": [(8, 2048, 512, 0)],
     "d8": [(8, 768, 256, 0), (8, 256, 512, 1), (8, 2048, 256, 0), (8, 256, 1024, 1)],
-    "d24": [(8, 1792, 768, 0), (8, 768, 1536, 1), (8, 6144, 768, 0), (8, 768, 3072, 1)],
+    "d24": [(4, 1792, 768, 0), (4, 768, 1536, 1), (4, 6144, 768, 0), (4, 768, 3072, 1)],
     "moe-d8": [(64, 256, 256, 0), (64, 256, 128, 1)],
-    "moe-d24": [(48, 768, 768, 0), (48, 768, 384, 1)],
+    "moe-d24": [(16, 768, 768, 0), (16, 768, 384, 1)],
     "odd": [(3, 1024, 256, 0), (1, 2048, 512, 0), (5, 256, 1024, 0), (4, 256, 256, -1)],
 }
 Family = tuple[int, int, int, int]
@@ -55,8 +54,6 @@ GPU_FAMILIES = {
 }
 # Side of the plain matmul: large enough to run at the device's best rate.
 MATMUL_SIZE = 8192
-# Calls before the first that is timed: kernels are compiled and chosen, and memory is allocated, in the first.
-WARM_UPS = 3
 
 
 def adamw(shards: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, clear_aux_losses_tracker
 
 from megatron_hyperp import device
 
@@ -40,6 +40,9 @@ class Balance:
         self._counted = torch.zeros((2, layers, experts), dtype=torch.float64, device=home)
         self.tokens = torch.zeros_like(self.shares)
         self.loss = torch.zeros(layers, dtype=torch.float64, device=home)
+        # Summed squares of the tokens' log-sum-exp, and their mean over the last batch.
+        self._squares = torch.zeros_like(self.loss)
+        self.router_z = torch.zeros_like(self.loss)
 
     def attach(
         self, probs: torch.Tensor, logits: torch.Tensor, routing_map: torch.Tensor, *, layer: int
@@ -58,6 +61,7 @@ class Balance:
         scores = torch.softmax(logits, dim=-1)
         self._counted[0, layer] += routing_map.sum(dim=0)
         self._counted[1, layer] += scores.detach().sum(dim=0, dtype=torch.float64)
+        self._squares[layer] += torch.logsumexp(logits.detach(), dim=-1).square().sum(dtype=torch.float64)
         if not self.coefficient or not torch.is_grad_enabled():
             return probs
         # A sum over tokens: finalize_model_grads divides every gradient by the number of tokens in the global batch.
@@ -68,23 +72,31 @@ class Balance:
         """Sum what was counted since the last call over all ranks; a collective call.
 
         Then ``tokens`` [layers, experts] holds assignments, ``loss`` [layers] the switch loss of the batch, without its
-        coefficient, and ``shares`` what the next batch's loss uses.
+        coefficient, ``router_z`` [layers] the mean squared log-sum-exp of the router's logits (what a z-loss keeps
+        small), and ``shares`` what the next batch's loss uses.
         """
+        # Megatron-Core's own record of its losses, which would grow.
+        clear_aux_losses_tracker()
         # Every token is counted on one rank: tensor-parallel ranks hold different parts of the sequence, or a group
         # has just one; other pipeline stages add zeros.
-        dist.all_reduce(self._counted)
-        self.tokens, probabilities = self._counted[0].clone(), self._counted[1].clone()
+        summed = torch.cat([self._counted.flatten(), self._squares])
+        dist.all_reduce(summed)
+        self.tokens, probabilities = summed[: self._counted.numel()].view_as(self._counted).clone()
+        # The probabilities of a token sum to 1.
+        self.router_z = summed[self._counted.numel() :] / probabilities.sum(dim=1).clamp_min(1.0)
         self._counted.zero_()
+        self._squares.zero_()
         total = self.tokens.sum(dim=1, keepdim=True).clamp_min(1.0)
         self.shares = self.tokens / total
         mean = probabilities / probabilities.sum(dim=1, keepdim=True).clamp_min(1e-30)
         self.loss = self.experts * (self.shares * mean).sum(dim=1)
 
     def metrics(self) -> dict[str, Any]:
-        """What a row of metrics says of the last batch: loss and MaxVio over all layers, and each layer's loads."""
+        """What a row of metrics says of the last batch: over all layers, and each layer's loads."""
         violations = self.max_violation()
         return {
             "balance_loss": float(self.loss.mean()),
+            "router_z": float(self.router_z.mean()),
             "max_vio": float(violations.max()),
             "max_vio_per_layer": violations.tolist(),
             "tokens_per_expert": self.tokens.int().tolist(),

@@ -9,7 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping, compute_routing_scores_for_aux_loss
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    apply_router_token_dropping,
+    compute_routing_scores_for_aux_loss,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -107,3 +111,32 @@ class SqrtGateRouter(TopKRouter):  # type: ignore[misc]  # Megatron-Core has no 
         probs = self._apply_aux_loss(probs, scores, chosen)
         probs = self._apply_seq_aux_loss(probs, scores, chosen, sequence, batch)
         return self._apply_global_aux_loss(probs, scores, chosen)
+
+    def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Attach the mean over tokens of the squared log-sum-exp (arXiv 2202.08906) to the logits.
+
+        Megatron-Core's falls with the number of tensor-parallel ranks where the loss is one per token.
+        """
+        coefficient = self.config.moe_z_loss_coeff
+        if not coefficient or not self.training or not torch.is_grad_enabled():
+            return logits
+        # A sum over tokens, as in Balance.attach.
+        return MoEAuxLossAutoScaler.apply(logits, coefficient * torch.logsumexp(logits, dim=-1).square().sum())
+
+    def attach_and_log_load_balancing_loss(
+        self,
+        activation: torch.Tensor,
+        aux_loss_coeff: float,
+        aux_loss: torch.Tensor,
+        aux_loss_name: str,
+        reduce_group: Any,
+        reduce_group_has_dp: bool = False,
+        valid_token_count: Any = None,
+    ) -> torch.Tensor:
+        """Attach one of Megatron-Core's losses to the gates: a mean over the group, of which a rank has its part.
+
+        Times all tokens of the group. Megatron-Core takes those of the rank, or, for the loss per sequence, of one
+        sequence, so that its losses fall with the number of tensor-parallel ranks and with the micro-batch size.
+        """
+        tokens = activation.shape[0] * reduce_group.size()
+        return MoEAuxLossAutoScaler.apply(activation, aux_loss * tokens)

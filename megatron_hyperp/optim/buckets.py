@@ -3,18 +3,22 @@
 The buffer of a bucket is [ranks, slot], and slot r is what rank r owns: one reduce-scatter brings it reduced gradients
 (half the traffic of an all-reduce), one all-gather in the same places brings back everybody's new weights. Weights and
 gradients that one rank owns whole live in the buffers, so nothing is copied for them. The pieces of a tensor that
-several ranks share are copied in and out; such tensors are few or small.
+several ranks share are copied in and out: under the HyperP recipe few or small ones, under ``adamw`` all.
+
+Parameters that are alike lie next to each other at equal distances, as a stack: experts come by the thousand, and a
+stack is one view (:func:`repeated`) and one operation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_hyperp.parameters import Block
+from megatron_hyperp.parameters import Block, partition_dim
 
 # Elements to which tensors in a slot are aligned: 128 bytes of bf16.
 ALIGNMENT = 64
@@ -33,19 +37,64 @@ class Share:
 Shares = Mapping[torch.nn.Parameter, Sequence[Share]]
 
 
+def repeated(view: torch.Tensor, count: int, step: int) -> torch.Tensor:
+    """Return [count, ...]: a view and what lies ``step``, 2 ``step``, ... elements after it in the same memory."""
+    return view.as_strided((count, *view.shape), (step, *view.stride()), view.storage_offset())
+
+
+@dataclass(slots=True)
+class _Stack:
+    """Parameters of one shape and the same owners, which lie ``stride`` elements apart, weights and gradients alike."""
+
+    parameters: list[torch.nn.Parameter]
+    shares: Sequence[Share]
+
+    @property
+    def stride(self) -> int:
+        return _aligned(self.parameters[0].numel())
+
+    @property
+    def size(self) -> int:
+        """Elements that it takes."""
+        return len(self.parameters) * self.stride
+
+    @property
+    def owners(self) -> set[int]:
+        return {share.rank for share in self.shares}
+
+    def live_in(self, weights: torch.Tensor, gradients: torch.Tensor) -> None:
+        """Move to two buffers of at least ``size`` elements: weights with their values, gradients zero."""
+        first = self.parameters[0]
+        for index, parameter in enumerate(self.parameters):
+            extent = slice(index * self.stride, index * self.stride + first.numel())
+            parameter.data = weights[extent].view(first.shape).copy_(parameter.detach())
+            parameter.main_grad = gradients[extent].view(first.shape)  # type: ignore[attr-defined]
+
+
 @dataclass(slots=True)
 class _Copied:
-    """A block that is copied into a slot and out of it, for its parameter does not live in the buffers."""
+    """One rank's share of a stack that is copied into its slot and out of it, for the stack does not live there."""
 
-    parameter: torch.nn.Parameter
+    stack: _Stack
     share: Share
     offset: int
 
     def within(self, buffer: torch.Tensor) -> torch.Tensor:
-        """The block's place in a [ranks, slot] buffer, in its shape [groups, rows, columns]."""
-        block = self.share.block
-        flat = buffer[self.share.rank, self.offset : self.offset + block.numel]
-        return flat.view(block.groups, block.rows, block.columns)
+        """The share's place in a [ranks, slot] buffer, [parameters, groups, rows, columns]."""
+        block, count = self.share.block, len(self.stack.parameters)
+        flat = buffer[self.share.rank, self.offset : self.offset + count * block.numel]
+        return flat.view(count, block.groups, block.rows, block.columns)
+
+    def weights(self) -> torch.Tensor:
+        """The share of the parameters, a view [parameters, groups, rows, columns]."""
+        return self._of(self.stack.parameters[0].detach())
+
+    def gradients(self) -> torch.Tensor:
+        """The share of their gradients, likewise."""
+        return self._of(self.stack.parameters[0].main_grad)  # type: ignore[attr-defined]
+
+    def _of(self, first: torch.Tensor) -> torch.Tensor:
+        return repeated(self.share.block.of(first), len(self.stack.parameters), self.stack.stride)
 
 
 class Bucket:
@@ -64,26 +113,27 @@ class Bucket:
         self._pending: set[torch.nn.Parameter] = set(self.parameters)
         self._reduction: dist.Work | None = None
         self._gather: dist.Work | None = None
-        fill, places, self._copied = _arrange(self.parameters, shares, group.size())
+        stacks = _alike(self.parameters, shares)
+        fill, offsets, self._copied = _arrange(stacks, group.size())
         # One collective moves equal slots.
         shape = (group.size(), _aligned(max(fill)))
-        first = self.parameters[0]
-        self.gradients = torch.zeros(shape, dtype=torch.float32, device=first.device)
-        self.weights = torch.zeros(shape, dtype=first.dtype, device=first.device)
+        self.gradients, self.weights = self._buffers(shape)
         self.padding = self.gradients.numel() / sum(fill) - 1.0
-        self._own_gradients: list[torch.Tensor] = [self.gradients[group.rank()]]
-        self._beside: list[torch.Tensor] = []
-        for parameter in self.parameters:
-            if parameter in places:
-                rank, offset = places[parameter]
-                extent = slice(offset, offset + parameter.numel())
-                weight = self.weights[rank, extent].view(parameter.shape).copy_(parameter.detach())
-                parameter.data = weight
-                gradient = self.gradients[rank, extent].view(parameter.shape)
-            else:
-                gradient = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-                self._beside.append(gradient)
-            parameter.main_grad = gradient  # type: ignore[attr-defined]
+        # What several ranks share lives beside the slots.
+        beside = [stack for stack in stacks if len(stack.owners) > 1]
+        self._gradients_beside, self._weights_beside = self._buffers((sum(stack.size for stack in beside),))
+        for stack, (rank, offset) in offsets:
+            stack.live_in(self.weights[rank, offset:], self.gradients[rank, offset:])
+        offset = 0
+        for stack in beside:
+            stack.live_in(self._weights_beside[offset:], self._gradients_beside[offset:])
+            offset += stack.size
+
+    def _buffers(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Zeros for gradients and for weights."""
+        first = self.parameters[0]
+        gradients = torch.zeros(shape, dtype=torch.float32, device=first.device)
+        return gradients, torch.zeros(shape, dtype=first.dtype, device=first.device)
 
     def _mine(self) -> Iterator[_Copied]:
         return (copied for copied in self._copied if copied.share.rank == self.group.rank())
@@ -91,8 +141,7 @@ class Bucket:
     def zero(self) -> None:
         """Zero the gradients; expect those of the next batch."""
         self.gradients.zero_()
-        if self._beside:
-            torch._foreach_zero_(self._beside)
+        self._gradients_beside.zero_()
         self._pending = set(self.parameters)
         self.launched = False
 
@@ -111,7 +160,7 @@ class Bucket:
         if self.group.size() == 1:
             return
         for copied in self._copied:
-            copied.within(self.gradients).copy_(copied.share.block.of(copied.parameter.main_grad))  # type: ignore[attr-defined]
+            copied.within(self.gradients).copy_(copied.gradients())
         own = self.gradients[self.group.rank()]
         self._reduction = dist.reduce_scatter_tensor(own, self.gradients.view(-1), group=self.group, async_op=True)
 
@@ -122,20 +171,20 @@ class Bucket:
         self._reduction.wait()
         self._reduction = None
         for copied in self._mine():
-            copied.share.block.of(copied.parameter.main_grad).copy_(copied.within(self.gradients))  # type: ignore[attr-defined]
+            copied.gradients().copy_(copied.within(self.gradients))
 
     def scale(self, factor: float | torch.Tensor) -> None:
         """Multiply the gradients that this rank owns."""
         self.gradients[self.group.rank()].mul_(factor)
         for copied in self._mine():
-            copied.share.block.of(copied.parameter.main_grad).mul_(factor)  # type: ignore[attr-defined]
+            copied.gradients().mul_(factor)
 
     def start_gather(self) -> None:
         """Start to send the weights that this rank owns to all, and to receive theirs."""
         if self.group.size() == 1:
             return
         for copied in self._mine():
-            copied.within(self.weights).copy_(copied.share.block.of(copied.parameter.detach()))
+            copied.within(self.weights).copy_(copied.weights())
         own = self.weights[self.group.rank()]
         self._gather = dist.all_gather_into_tensor(self.weights.view(-1), own, group=self.group, async_op=True)
 
@@ -146,28 +195,42 @@ class Bucket:
         self._gather.wait()
         self._gather = None
         for copied in self._copied:
-            copied.share.block.of(copied.parameter.detach()).copy_(copied.within(self.weights))
+            copied.weights().copy_(copied.within(self.weights))
+
+
+def _alike(parameters: Sequence[torch.nn.Parameter], shares: Shares) -> list[_Stack]:
+    """Group parameters of one shape and split with the same owners.
+
+    Each group is in the model's order, the reverse of the backward pass's. So is the plan of ownership, and with it
+    every family of the optimizer. A family thus finds its matrices one after the other and needs no order of its own,
+    which all ranks that share it would have to agree on.
+    """
+    groups: dict[tuple[Any, ...], _Stack] = {}
+    for parameter in reversed(parameters):
+        owners = tuple(shares[parameter])
+        key = (parameter.shape, partition_dim(parameter), owners)
+        groups.setdefault(key, _Stack([], owners)).parameters.append(parameter)
+    return list(groups.values())
 
 
 def _arrange(
-    parameters: Sequence[torch.nn.Parameter], shares: Shares, ranks: int
-) -> tuple[list[int], dict[torch.nn.Parameter, tuple[int, int]], list[_Copied]]:
-    """Lay out slots: return how full each is, where the parameters with one owner live, and what is copied."""
+    stacks: Sequence[_Stack], ranks: int
+) -> tuple[list[int], list[tuple[_Stack, tuple[int, int]]], list[_Copied]]:
+    """Lay out slots: return how full each is, rank and offset of the stacks with one owner, and what is copied."""
     fill = [0] * ranks
-    places: dict[torch.nn.Parameter, tuple[int, int]] = {}
+    offsets: list[tuple[_Stack, tuple[int, int]]] = []
     copied: list[_Copied] = []
-    for parameter in parameters:
-        owners = {share.rank for share in shares[parameter]}
-        if len(owners) == 1:
-            (rank,) = owners
-            places[parameter] = (rank, fill[rank])
-            fill[rank] += _aligned(parameter.numel())
-    for parameter in parameters:
-        if parameter not in places:
-            for share in shares[parameter]:
-                copied.append(_Copied(parameter, share, fill[share.rank]))
-                fill[share.rank] += share.block.numel
-    return fill, places, copied
+    for stack in stacks:
+        if len(stack.owners) == 1:
+            (rank,) = stack.owners
+            offsets.append((stack, (rank, fill[rank])))
+            fill[rank] += stack.size
+    for stack in stacks:
+        if len(stack.owners) > 1:
+            for share in stack.shares:
+                copied.append(_Copied(stack, share, fill[share.rank]))
+                fill[share.rank] += len(stack.parameters) * share.block.numel
+    return fill, offsets, copied
 
 
 def _aligned(elements: int) -> int:
@@ -188,7 +251,10 @@ def cut_into_buckets(
     buckets: list[_Draft] = [_Draft(ranks)]
     for parameter in parameters:
         draft = buckets[-1]
-        if bucket_size is not None and sum(draft.fill) >= bucket_size and draft.padding <= PADDING:
+        full = bucket_size is not None and sum(draft.fill) >= bucket_size and draft.padding <= PADDING
+        # While padding still falls, the matrices of the last ranks are yet to come: closed before them, this bucket
+        # would leave every later one out of balance.
+        if full and draft.padding_with(parameter, shares) >= draft.padding:
             buckets.append(_Draft(ranks))
         buckets[-1].add([parameter], shares)
     # What is left over at the end may be out of balance by itself.
@@ -208,10 +274,24 @@ class _Draft:
     def add(self, parameters: Sequence[torch.nn.Parameter], shares: Shares) -> None:
         self.parameters += parameters
         for parameter in parameters:
-            for share in shares[parameter]:
-                self.fill[share.rank] += share.block.numel
+            _pour(self.fill, shares[parameter])
 
     @property
     def padding(self) -> float:
         """Padding as a share of what the bucket holds."""
-        return max(self.fill) * len(self.fill) / sum(self.fill) - 1.0
+        return _padding(self.fill)
+
+    def padding_with(self, parameter: torch.nn.Parameter, shares: Shares) -> float:
+        """What the padding would be with one more parameter."""
+        fill = list(self.fill)
+        _pour(fill, shares[parameter])
+        return _padding(fill)
+
+
+def _pour(fill: list[int], shares: Sequence[Share]) -> None:
+    for share in shares:
+        fill[share.rank] += share.block.numel
+
+
+def _padding(fill: list[int]) -> float:
+    return max(fill) * len(fill) / sum(fill) - 1.0

@@ -118,10 +118,15 @@ class DataParallel(_BaseDataParallel):  # type: ignore[misc]  # Megatron-Core ha
         module: the chunk.
         exchange: the buckets of all chunks.
         first: whether it is the first chunk.
+
+    Raises:
+        ValueError: the config asks for gradients that are averaged over ranks.
     """
 
     def __init__(self, config: TransformerConfig, module: torch.nn.Module, exchange: Exchange, *, first: bool) -> None:
         super().__init__(config=config, module=module)
+        if not config.calculate_per_token_loss:
+            raise ValueError("calculate_per_token_loss is False; gradients are summed over ranks, not averaged: set it")
         # finalize_model_grads asks it for Megatron's FSDP.
         self.ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,

@@ -59,6 +59,8 @@ class HyperPOptimizer(MegatronOptimizer):
         # MegatronOptimizer's constructor takes a torch optimizer; the families below stand in its place.
         self.config = config.optimizer
         self.domains = list(domains)
+        # Counted once: a domain looks through the plan of all ranks.
+        self._places = [len(domain.places()) for domain in self.domains]
         self.exchange = exchange
         self.newton_schulz = newton_schulz
         self.is_stub_optimizer = False
@@ -88,8 +90,7 @@ class HyperPOptimizer(MegatronOptimizer):
         """Take the model's weights as new masters and put the sphere matrices exactly on their spheres."""
         del state_dict
         for family in self.families:
-            for master, weight in zip(family.master, family.weights(), strict=True):
-                master.view(weight.shape).copy_(weight)
+            family.read_weights()
         for family, squares in zip(self._on_sphere(), self._squared_norms(), strict=True):
             family.master.mul_((family.radii / squares.sqrt()).to(family.master.dtype)[:, None, None])
         self._update_model()
@@ -113,8 +114,7 @@ class HyperPOptimizer(MegatronOptimizer):
         """
         families = self._on_sphere()
         result = list(values)
-        for domain in self.domains:
-            places = len(domain.places())
+        for domain, places in zip(self.domains, self._places, strict=True):
             if not places or domain.both.size() == 1:
                 continue
             summed = torch.zeros((places, width), dtype=torch.float64, device=device.device())
@@ -141,7 +141,8 @@ class HyperPOptimizer(MegatronOptimizer):
             self.steps_skipped += 1
             return False, norm, None
         clip = self.config.clip_grad
-        if clip and norm > clip:
+        # A rank may own nothing: there can be more of them than rows and matrices.
+        if gradients and clip and norm > clip:
             # One fused multiply over all gradients.
             torch._foreach_mul_(gradients, clip / norm)
         self.steps_taken += 1
@@ -202,9 +203,9 @@ class HyperPOptimizer(MegatronOptimizer):
 
     def _update_model(self) -> None:
         """Write what this rank owns into the model and gather the rest from the other owners."""
+        self.exchange.finish_param_sync()
         for family in self.families:
-            for master, weight in zip(family.master, family.weights(), strict=True):
-                weight.copy_(master.view(weight.shape))
+            family.write_weights()
         self.exchange.start_param_sync()
 
     @torch.no_grad()

@@ -1,13 +1,19 @@
-"""What a rank owns, in batches: pieces of one rule and shape are stacked and updated as one."""
+"""What a rank owns, in batches: pieces of one rule and shape are stacked and updated as one.
+
+Between a stack and the model nothing is done piece by piece either: pieces that lie at equal distances in the model's
+buffers, as the buckets place them, are one view of those.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from megatron_hyperp.optim.buckets import repeated
 from megatron_hyperp.optim.domains import Domain
 from megatron_hyperp.optim.ownership import Piece
 from megatron_hyperp.optim.routing import Route
@@ -19,6 +25,25 @@ STATES = {
     "adamh": ("exp_avg", "exp_avg_sq"),
     "adamw": ("exp_avg", "exp_avg_sq"),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Pieces of a family that lie at equal distances in the model's memory.
+
+    Attributes:
+        pieces: which of the family's.
+        weights: view of the model's weights, [pieces, groups, rows, columns].
+        gradients: view of their ``main_grad``, the same shape.
+    """
+
+    pieces: slice
+    weights: torch.Tensor
+    gradients: torch.Tensor
+
+    def of(self, stacked: torch.Tensor) -> torch.Tensor:
+        """Return the pieces of a [count, rows, columns] stack as a view of the shape of :attr:`weights`."""
+        return stacked[self.pieces].view(self.weights.shape)
 
 
 @dataclass(slots=True)
@@ -35,6 +60,7 @@ class Family:
         state: optimizer state by name, each of the master's shape.
         radii: [count] float64; empty off the sphere.
         places: [count], in the domain's sum of norms; empty where this rank holds whole matrices.
+        runs: where the pieces are in the model; each is in one run.
         group: the ``param_groups`` entry with its learning rate and weight decay.
     """
 
@@ -47,6 +73,7 @@ class Family:
     state: dict[str, torch.Tensor]
     radii: torch.Tensor
     places: torch.Tensor
+    runs: list[Run]
     group: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -59,15 +86,22 @@ class Family:
         """Whether this rank counts it in global sums: of equal copies on tensor-parallel ranks, the first."""
         return self.routes[0].partition_dim != REPLICATED or self.domain.tensor.rank() == 0
 
-    def weights(self) -> list[torch.Tensor]:
-        """Views of the model's tensors, [groups, rows, columns] each."""
-        pairs = zip(self.routes, self.blocks, strict=True)
-        return [block.of(entry.parameter.detach()) for entry, block in pairs]
+    def read_weights(self) -> None:
+        """Take the model's weights as masters."""
+        for run in self.runs:
+            run.of(self.master).copy_(run.weights)
+
+    def write_weights(self) -> None:
+        """Write the masters into the model, rounded to its precision."""
+        for run in self.runs:
+            run.weights.copy_(run.of(self.master))
 
     def gradients(self) -> torch.Tensor:
         """A copy of the reduced gradients, fp32 [count, rows, columns]."""
-        pairs = zip(self.routes, self.blocks, strict=True)
-        return torch.stack([block.matrix(entry.parameter.main_grad) for entry, block in pairs])  # type: ignore[attr-defined]
+        stacked = torch.empty_like(self.master)
+        for run in self.runs:
+            run.of(stacked).copy_(run.gradients)
+        return stacked
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Master and state by name."""
@@ -77,7 +111,8 @@ class Family:
 def families_of(domain: Domain, momentum_dtype: torch.dtype) -> list[Family]:
     """Group what this rank owns of a domain into families; masters are still zero.
 
-    Families that several ranks share come in the same order on all of those.
+    Families and their pieces are in the order of the plan, so the ranks that share one agree on it. The buckets must be
+    laid out, for the families keep views of them.
 
     Args:
         domain: the parameters.
@@ -90,13 +125,14 @@ def families_of(domain: Domain, momentum_dtype: torch.dtype) -> list[Family]:
         fate = (entry.rule, entry.role, entry.lr_mult, entry.decays, shared)
         shape = (entry.shape, entry.partition_dim, piece.block.shape, piece.team_dim)
         families.setdefault((fate, shape), []).append(piece)
-    return [_family(domain, pieces, momentum_dtype) for pieces in families.values()]
+    places = domain.places()
+    return [_family(domain, pieces, places, momentum_dtype) for pieces in families.values()]
 
 
-def _family(domain: Domain, pieces: list[Piece], momentum_dtype: torch.dtype) -> Family:
+def _family(domain: Domain, pieces: list[Piece], places: dict[int, int], momentum_dtype: torch.dtype) -> Family:
     routes, blocks = [domain.routes[piece.route] for piece in pieces], [piece.block for piece in pieces]
     first, team_dim = routes[0], pieces[0].team_dim
-    home, places = first.parameter.device, domain.places()
+    home = first.parameter.device
     master = torch.zeros((len(pieces), *blocks[0].shape), device=home)
     # State is created here and now: made at the first step it could differ between ranks and hang a checkpoint.
     state = {
@@ -116,4 +152,63 @@ def _family(domain: Domain, pieces: list[Piece], momentum_dtype: torch.dtype) ->
         state,
         torch.tensor(radii, dtype=torch.float64, device=home),
         torch.tensor([places[piece.route] for piece in pieces if piece.route in places], dtype=torch.long, device=home),
+        runs_of(routes, blocks),
+    )
+
+
+def runs_of(routes: Sequence[Route], blocks: Sequence[Block]) -> list[Run]:
+    """Find the runs of a family: few, and no more for more pieces, where the buckets stacked their parameters.
+
+    Args:
+        routes: whose parameters live in buckets.
+        blocks: the part of each, all of one shape.
+    """
+    places: dict[tuple[Any, ...], list[_Place]] = {}
+    for index, (entry, block) in enumerate(zip(routes, blocks, strict=True)):
+        weight = block.of(entry.parameter.detach())
+        gradient = block.of(entry.parameter.main_grad)  # type: ignore[attr-defined]
+        # Parts of a parameter, such as gate and up, alternate: each of them is regular by itself.
+        buffers = weight.untyped_storage().data_ptr(), gradient.untyped_storage().data_ptr()
+        place = _Place(index, weight, gradient)
+        places.setdefault((entry.parameter.shape, block, buffers), []).append(place)
+    return [_run(alike) for group in places.values() for alike in _regular(group)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A piece: its index in the family and its views of the model, [groups, rows, columns]."""
+
+    index: int
+    weight: torch.Tensor
+    gradient: torch.Tensor
+
+    def steps_from(self, other: _Place) -> tuple[int, int, int]:
+        """Distances in the family, the weights and the gradients."""
+        return (
+            self.index - other.index,
+            int(self.weight.storage_offset() - other.weight.storage_offset()),
+            int(self.gradient.storage_offset() - other.gradient.storage_offset()),
+        )
+
+
+def _regular(places: Sequence[_Place]) -> Iterator[list[_Place]]:
+    """Cut places in one pair of buffers into runs of which neighbours are equally far apart."""
+    run = [places[0]]
+    for place in places[1:]:
+        steps = place.steps_from(run[-1])
+        # A view's strides are not negative.
+        if min(steps) <= 0 or (len(run) > 1 and steps != run[-1].steps_from(run[-2])):
+            yield run
+            run = []
+        run.append(place)
+    yield run
+
+
+def _run(places: Sequence[_Place]) -> Run:
+    first, last, count = places[0], places[-1], len(places)
+    skip, weight_step, gradient_step = places[1].steps_from(first) if count > 1 else (1, 1, 1)
+    return Run(
+        slice(first.index, last.index + 1, skip),
+        repeated(first.weight, count, weight_step),
+        repeated(first.gradient, count, gradient_step),
     )

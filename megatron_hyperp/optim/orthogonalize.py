@@ -42,6 +42,8 @@ COEFFICIENTS: dict[str, tuple[Coefficients, ...]] = {
 # Polar Express tolerates rounding above 1 when X, and all steps but the last of its set, are shrunk by this factor.
 POLAR_EXPRESS_SAFETY = 1.01
 SMALLEST_NORM = 1e-30
+# So many matrices of any size, of two bytes or more an element, are whole cache lines of 64 bytes.
+ALIGNED_RUN = 32
 FORMS = ("auto", "standard", "gram")
 # What computes symmetric products: PyTorch, or the optional kernels of Dao-AILab/quack (setup.py's extra "kernels").
 BACKENDS = ("torch", "quack")
@@ -193,9 +195,19 @@ class NewtonSchulz:
         transposed = batch.shape[1] > batch.shape[2]
         if transposed:
             batch = batch.mT
+        bounds = _chunks(len(batch), batch.shape[1] * batch.shape[2] * self.dtype.itemsize)
+        if len(bounds) == 1:
+            result = self._orthogonalize(batch)
+        else:
+            result = batch.new_empty(batch.shape)
+            for low, high in bounds:
+                result[low:high] = self._orthogonalize(batch[low:high])
+        return (result.mT if transposed else result).reshape(x.shape)
+
+    def _orthogonalize(self, batch: torch.Tensor) -> torch.Tensor:
+        """Orthogonalize [batch, n, m] with n <= m, all at once."""
         iterate = self._gram if self.form_of(*batch.shape[1:]) == "gram" else self._standard
-        batch = iterate(self._normalize(batch).to(self.dtype)).to(x.dtype)
-        return (batch.mT if transposed else batch).reshape(x.shape)
+        return iterate(self._normalize(batch).to(self.dtype)).to(batch.dtype)
 
     def _normalize(self, batch: torch.Tensor) -> torch.Tensor:
         """Scale each matrix to Frobenius norm 1, at least in fp32, which bounds its singular values by 1."""
@@ -220,6 +232,23 @@ class NewtonSchulz:
             gram = symmetric_product(x, x.mT, backend=self.backend)
             x = gram_polynomial(gram, segment, backend=self.backend) @ x
         return x
+
+
+def _chunks(count: int, size: int) -> list[tuple[int, int]]:
+    """Cut ``count`` matrices of ``size`` bytes into the runs [low, high) that the device takes at once.
+
+    The cut changes no bits. How a CPU rounds a tiny matrix of odd shape (16 x 5) depends on where in a cache line it
+    begins, so small ones are cut into multiples of :data:`ALIGNED_RUN`: each then begins where it would in one batch.
+    The last run takes the rest, which alone might be one matrix, and slow.
+    """
+    limit = device.newton_schulz_chunk()
+    if limit is None:
+        return [(0, count)]
+    length = max(1, limit // max(1, size))
+    if length > ALIGNED_RUN:
+        length -= length % ALIGNED_RUN
+    lows = [index * length for index in range(max(1, count // length))]
+    return list(zip(lows, [*lows[1:], count], strict=True))
 
 
 def symmetric_product(

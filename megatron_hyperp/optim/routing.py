@@ -87,7 +87,7 @@ def route(
     matrix_split: str = "fused",
     heads: Heads | None = None,
 ) -> list[Route]:
-    """Give every trainable parameter its rule; parts of one parameter follow each other.
+    """Give every parameter its rule; parts of one parameter follow each other.
 
     Args:
         named_parameters: names and this rank's parts.
@@ -104,7 +104,7 @@ def route(
         heads: layout of QKV weights; needed unless "fused".
 
     Raises:
-        ValueError: a parameter matches no rule, or two.
+        ValueError: a parameter matches no rule, or two, or is frozen.
     """
     lr_mults = {
         "hidden": matrix_lr_mult,
@@ -115,7 +115,7 @@ def route(
     routes = []
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
-            continue
+            raise ValueError(f"the parameter {name} is frozen; checkpoints would have a hole in its place: train it")
         role = role_of(name, parameter)
         rule = RULES[optimizer][role]
         split = matrix_split if rule in MUON_RULES else "fused"

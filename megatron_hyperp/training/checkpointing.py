@@ -327,7 +327,7 @@ def _random_state() -> Any:
     ranks = (
         parallel_state.get_pipeline_model_parallel_rank(),
         parallel_state.get_tensor_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
     return ShardedObject("rng_state", [content], tuple(_layout()[:3]), ranks)
 
@@ -350,7 +350,7 @@ def _layout() -> list[int]:
     return [
         parallel_state.get_pipeline_model_parallel_world_size(),
         parallel_state.get_tensor_model_parallel_world_size(),
-        parallel_state.get_data_parallel_world_size(),
+        parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
     ]
 

@@ -35,6 +35,13 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
         raise UsageError("no tokenizer; give the --tokenizer-model the data was made with", same_on_all_ranks=True)
     tokenizer = load_tokenizer(config.data.tokenizer_model)
     config = config.resolve(world_size=world_size, tokenizer_vocab_size=tokenizer.vocab_size)
+    parallel = config.parallel
+    if not device.has_cuda() and parallel.expert_model_parallel_size > 1 and parallel.expert_tensor_parallel_size > 1:
+        raise UsageError(
+            "on CPU, gloo cannot gather the unequal numbers of tokens that --expert-model-parallel-size and"
+            " --expert-tensor-parallel-size above 1 make together; set one of them to 1",
+            same_on_all_ranks=True,
+        )
     options = config.optimizer
     dtype = device.newton_schulz_dtype(options.ns_dtype, gram=options.asks_for_gram)
     try:

@@ -71,7 +71,7 @@ def train_experts(folder: str, overlap: bool) -> dict[str, Any]:
     rank = int(os.environ["RANK"])
     fields = {"clip_grad": 0.0, "hidden_size": 32, "num_layers": 1, "ddp_bucket_size": 1 if overlap else 0}
     config = toy_config("unused", Path(folder), **fields).resolve(world_size=4)
-    core = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4)
+    core = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, calculate_per_token_loss=True)
     [chunk] = wrap_for_data_parallelism(core, [StandIn()], overlap_grad_reduce=overlap, overlap_param_gather=overlap)
     optimizer = get_hyperp_optimizer(config, [chunk])
     shapes = {name: parameter.shape for name, parameter in chunk.module.named_parameters()}
@@ -80,6 +80,9 @@ def train_experts(folder: str, overlap: bool) -> dict[str, Any]:
         chunk.zero_grad_buffer()
         names = [name for name in shapes if (rank, step) != IDLE or not name.startswith(EXPERTS)]
         chunk({name: gradient(name, shapes[name], rank, step) for name in names}).backward()
+        launched = [bucket.launched for bucket in optimizer.exchange.buckets]
+        # With overlap every reduction is on its way by now, but where an expert is idle.
+        assert all(launched) == (overlap and (rank, step) != IDLE)
         chunk.finish_grad_sync()
         norms.append(optimizer.step()[1])
     optimizer.exchange.finish_param_sync()

@@ -97,6 +97,8 @@ def largest_difference(run: list[dict[str, Any]], reference: list[dict[str, Any]
 def test_layout_equals_one_rank(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
     assert largest_difference(runs[name], runs["one"]) < tolerances.LAYOUT_LOSS
     assert largest_difference(runs[name], runs["one"], "grad_norm") < 100 * tolerances.LAYOUT_LOSS
+    # Before the weights part, every parameter counted once.
+    assert runs[name][0]["grad_norm"] == pytest.approx(runs["one"][0]["grad_norm"], rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +120,7 @@ def test_other_models_and_optimizers_equal_one_rank(
     runs: dict[str, list[dict[str, Any]]], name: str, reference: str
 ) -> None:
     assert largest_difference(runs[name], runs[reference]) < tolerances.LAYOUT_LOSS
+    assert runs[name][0]["grad_norm"] == pytest.approx(runs[reference][0]["grad_norm"], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["one-component", "one-head"])

@@ -149,7 +149,7 @@ def test_example_configs_load_and_resolve(path: Path) -> None:
 YAML_REFUSALS: list[tuple[str | bytes, str]] = [
     ("modle: {}", r"section modle is unknown; did you mean model\?"),
     ("lr: 1", "section lr is unknown; it belongs to section optimizer"),
-    ("zzz: 1", "section zzz is unknown; known are model, parallel, .*logging"),
+    ("zzz: 1", "section zzz is unknown; known are model, moe, parallel, .*logging"),
     ("7: 1", "section 7 is unknown; known are"),
     ("model: {hiden_size: 1}", r"key model\.hiden_size is unknown; did you mean hidden_size\?"),
     ("training: {lr: 1}", r"key training\.lr is unknown; it belongs to section optimizer"),
@@ -185,6 +185,8 @@ YAML_REFUSALS: list[tuple[str | bytes, str]] = [
 
 SIZED = Path(tempfile.mkdtemp()) / "sized.yaml"
 SIZED.write_text("model: {num_layers: 4, kv_channels: 16}")
+MIXED = Path(tempfile.mkdtemp()) / "mixed.yaml"
+MIXED.write_text("moe: {num_experts: 8, moe_router_topk: 2}")
 
 FLAG_REFUSALS = [
     ("--hiden-size 5", r"unrecognized arguments: --hiden-size 5; did you mean --hidden-size\? \(--help lists"),
@@ -205,6 +207,16 @@ FLAG_REFUSALS = [
         f"--config {SIZED} --depth 8",
         r"--depth 8 changes nothing in .*sized\.yaml, which sets num_layers, kv_channels; take those out",
     ),
+    (
+        f"--config {MIXED} --moe-topk 8",
+        r"--moe-topk 8 changes nothing in .*mixed\.yaml, which sets num_experts, moe_router_topk; take those out",
+    ),
+    (
+        f"--config {MIXED} --moe-sparsity 8 --moe-router-topk 7",
+        r"--moe-sparsity 8 changes nothing in .*, which sets num_experts; take those out",
+    ),
+    (f"--config {MIXED} --moe-shared-expert", r"--moe-shared-expert changes nothing in .*, which sets num_experts"),
+    (f"--config {MIXED} --no-moe-shared-expert", r"--no-moe-shared-expert changes nothing in .*num_experts"),
     ("--config .", r"config \. cannot be read: Is a directory; check the path"),
 ]
 

@@ -163,13 +163,72 @@ def test_nothing_overlaps_in_the_buffers() -> None:
         count += parameter.numel()
         gradient(parameter).copy_(numbers.view(parameter.shape))
     for copied in bucket._copied:
-        copied.within(bucket.gradients).copy_(copied.share.block.of(gradient(copied.parameter)))
+        copied.within(bucket.gradients).copy_(copied.gradients())
     held = bucket.gradients[bucket.gradients != 0]
     assert sorted(held.tolist()) == list(map(float, range(1, int(count))))
     for parameter in parameters:
         for share in shares[parameter]:
             values = share.block.of(gradient(parameter)).flatten()
             assert bool(torch.isin(values, bucket.gradients[share.rank]).all())
+
+
+def address(tensor: torch.Tensor) -> int:
+    return tensor.storage_offset()
+
+
+def alike(count: int, shape: tuple[int, ...]) -> Parameters:
+    return [torch.nn.Parameter(torch.randn(shape)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("shape", [(8, 16), (5, 7)], ids=["aligned", "padded"])
+def test_alike_parameters_of_one_owner_are_a_stack_in_the_models_order(shape: tuple[int, int]) -> None:
+    """They lie at equal distances, whatever comes between them and whoever else has some."""
+    first, second, others = alike(5, shape), alike(4, shape), alike(9, (3, 4))
+    mixed = [parameter for pair in zip(first + second, others, strict=True) for parameter in pair]
+    shares = {parameter: owned(parameter, 0) for parameter in mixed}
+    shares.update({parameter: owned(parameter, 1) for parameter in second})
+    # The backward pass reaches the last parameter first.
+    bucket = bucket_on(0, 2, mixed[::-1], shares)
+    for stack in (first, second, others):
+        stride = -(-stack[0].numel() // ALIGNMENT) * ALIGNMENT
+        for tensors in ([p.data for p in stack], [gradient(p) for p in stack]):
+            steps = {address(b) - address(a) for a, b in itertools.pairwise(tensors)}
+            assert steps == {stride}
+            assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == 1
+    assert bucket.gradients[0].numel() >= sum(parameter.numel() for parameter in first + others)
+
+
+def test_what_a_rank_shares_is_copied_stack_by_stack() -> None:
+    """A hundred gains of one size are copied as often as one; each is where its rank looks for it."""
+    gains, longer = alike(100, (10,)), alike(2, (13,))
+    shares = {parameter: cut(parameter, 3) for parameter in gains + longer}
+    bucket = bucket_on(1, 3, gains + longer, shares)
+    assert len(bucket._copied) == 2 * 3
+    for number, parameter in enumerate(gains + longer):
+        gradient(parameter).copy_(torch.arange(parameter.numel()) + 100 * number)
+    for copied in bucket._copied:
+        copied.within(bucket.gradients).copy_(copied.gradients())
+        copied.within(bucket.weights).copy_(copied.weights())
+        for index, parameter in enumerate(copied.stack.parameters):
+            block = copied.share.block
+            assert torch.equal(copied.within(bucket.gradients)[index], block.of(gradient(parameter)))
+            assert torch.equal(copied.within(bucket.weights)[index], block.of(parameter.detach()))
+            # It is the parameter itself that is written when others' weights come back.
+            copied.weights()[index].zero_()
+            assert not block.of(parameter.detach()).any()
+
+
+def test_parts_of_a_matrix_that_a_team_shares_are_stacked_too() -> None:
+    """By columns, and by the rows of each group of a fused QKV."""
+    blocks = [Block(2, 0, 3, 0, 4), Block(2, 3, 1, 0, 2), Block(2, 3, 1, 2, 2)]
+    parameters = alike(4, (8, 4))
+    shares = {p: [Share(rank, block) for rank, block in zip((0, 0, 1), blocks, strict=True)] for p in parameters}
+    bucket = bucket_on(0, 2, parameters, shares)
+    assert len(bucket._copied) == len(blocks)
+    for copied in bucket._copied:
+        expected = torch.stack([copied.share.block.of(parameter.detach()) for parameter in copied.stack.parameters])
+        assert torch.equal(copied.weights(), expected)
+        assert copied.within(bucket.weights).shape == expected.shape
 
 
 def test_padding_is_what_the_slots_do_not_hold() -> None:

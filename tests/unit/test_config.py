@@ -94,6 +94,57 @@ def test_a_shallow_model_has_no_more_groups_than_heads() -> None:
     assert resolve("--depth 1 --vocab-size 64").model.num_query_groups == 2
 
 
+def experts(resolved: Config) -> tuple[int, int, int, int]:
+    moe = resolved.moe
+    sizes = (moe.num_experts, moe.moe_router_topk, moe.moe_ffn_hidden_size)
+    return (*sizes, moe.moe_shared_expert_intermediate_size)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        # S x K experts of FFN size / K, of which one may be shared.
+        ("--moe-sparsity 8 --moe-topk 8", (64, 8, 768, 0)),
+        ("--moe-sparsity 8 --moe-topk 8 --moe-shared-expert", (63, 7, 768, 768)),
+        ("--moe-sparsity 4 --moe-topk 1", (4, 1, 6144, 0)),
+        ("--moe-sparsity 1 --moe-topk 2 --moe-shared-expert", (1, 1, 3072, 3072)),
+        # Each explicit size overrides its part.
+        ("--moe-sparsity 8 --moe-topk 8 --moe-shared-expert --num-experts 64", (64, 7, 768, 768)),
+        ("--moe-sparsity 8 --moe-topk 8 --moe-router-topk 6 --moe-ffn-hidden-size 512", (64, 6, 512, 0)),
+        ("--moe-sparsity 2 --moe-topk 4 --ffn-hidden-size 4096", (8, 4, 1024, 0)),
+        # Megatron's terms and defaults.
+        ("--num-experts 8", (8, 2, 6144, 0)),
+        ("--num-experts 1", (1, 1, 6144, 0)),
+        ("--num-experts 8 --moe-shared-expert --moe-ffn-hidden-size 128", (8, 2, 128, 128)),
+        ("--num-experts 8 --moe-router-topk 3 --moe-shared-expert-intermediate-size 32", (8, 3, 6144, 32)),
+        ("", (0, 0, 0, 0)),
+    ],
+)
+def test_experts_follow_from_sparsity_and_topk(flags: str, expected: tuple[int, int, int, int]) -> None:
+    assert experts(resolve(f"{PAPER} {flags}")) == expected
+
+
+def test_experts_do_not_change_the_token_budget() -> None:
+    """With sparsity and top-k a token passes through as many parameters as in the dense model, but for the router."""
+    mixture = resolve(f"{PAPER} --moe-sparsity 8 --moe-topk 8 --moe-shared-expert")
+    assert mixture.training.train_tokens == resolve(PAPER).training.train_tokens
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "dense", "mixture"),
+    [("hyperp", 1.5e-2, 1.4e-2), ("muonh", 1.5e-2, 1.4e-2), ("muon", 1.5e-2, 1.5e-2), ("adamw", 6e-4, 6e-4)],
+)
+def test_eta0_is_that_of_the_kind_of_model(optimizer: str, dense: float, mixture: float) -> None:
+    flags = f"{PAPER} --optimizer {optimizer}"
+    assert resolve(flags).eta0 == resolve(flags).learning_rate().eta0 == dense
+    for experts in ("--num-experts 8", "--moe-sparsity 8 --moe-topk 8 --moe-shared-expert"):
+        resolved = resolve(f"{flags} {experts}")
+        assert resolved.eta0 == resolved.learning_rate().eta0 == mixture
+        # Nothing else in the law knows of experts: granularity changes no learning rate.
+        assert resolved.learning_rate().multiplier == resolve(flags).learning_rate().multiplier
+        assert resolve(f"{flags} {experts} --eta0 0.5").eta0 == 0.5
+
+
 def test_token_budget_uses_the_base_model_of_the_same_family() -> None:
     base = resolve("--depth 2 --base-depth 2 --base-tokens 1e6 --aspect-ratio 33 --kv-channels 32 --vocab-size 64")
     assert base.training.train_tokens == pytest.approx(1e6, rel=0.1)  # its head size alone differs
@@ -178,6 +229,9 @@ RESOLVABLE = [
     f"{SMALL} --optimizer adamw --weight-decay 0.2 --min-lr 0",
     PAPER,
     f"{PAPER} --optimizer muon --train-tokens 1.234e9 --seed 4294967295",
+    f"{PAPER} --moe-sparsity 8 --moe-topk 8 --moe-shared-expert",
+    f"{PAPER} --moe-sparsity 8 --moe-topk 8 --moe-shared-expert --num-experts 64 --moe-gate softmax",
+    f"{SMALL} --num-experts 4",
     f"{PAPER} --lr 1e-3 --hidden-size 1024 --no-untie-embeddings-and-output-weights --data-path 0.5 a 0.5 12",
 ]
 
@@ -227,6 +281,8 @@ class Refusal(NamedTuple):
 
 TP2, PP2 = "--tensor-model-parallel-size 2", "--pipeline-model-parallel-size 2"
 TWO = {"world_size": 2}
+TP2SP = f"{TP2} --sequence-parallel"
+EXPERTS = f"{SMALL} --num-experts 4"
 WITHOUT_VOCABULARY = SMALL.replace(" --vocab-size 64", "")
 
 REFUSALS = [
@@ -317,6 +373,103 @@ REFUSALS = [
         "give 2 at most",
         TWO,
     ),
+    # Experts
+    Refusal(f"{SMALL} --moe-sparsity=-1", "--moe-sparsity is -1", "at least 0"),
+    Refusal(f"{EXPERTS} --moe-expert-capacity-factor 0", "--moe-expert-capacity-factor is 0", "greater than 0"),
+    Refusal(f"{SMALL} --moe-sparsity 4", "--moe-sparsity needs --moe-topk", "together they make S x K experts"),
+    Refusal(f"{SMALL} --moe-topk 4", "--moe-topk needs --moe-sparsity", "together they make S x K experts"),
+    Refusal(
+        f"{SMALL} --moe-sparsity 4 --moe-topk 1 --moe-shared-expert",
+        "--moe-shared-expert leaves none of --moe-topk 1",
+        "give 2 or more, or leave it out",
+    ),
+    Refusal(
+        f"{SMALL} --moe-sparsity 4 --moe-topk 7",
+        "--moe-topk 7 does not divide the FFN size 256",
+        "the nearest --ffn-hidden-size: 252 and 259$",
+    ),
+    Refusal(
+        f"{EXPERTS} --moe-router-topk 5",
+        "--moe-router-topk 5 is more than the 4 routed experts",
+        "give 4 at most",
+    ),
+    Refusal(
+        f"{SMALL} --moe-sparsity 1 --moe-topk 4 --num-experts 3",
+        "--moe-router-topk 4 is more than the 3 routed experts",
+        "give 3 at most",
+    ),
+    *(
+        Refusal(f"{SMALL} {flag}", f"{flag.split()[0]} .*needs experts", "--num-experts, or .* or leave it out$")
+        for flag in (
+            "--moe-shared-expert",
+            "--moe-router-topk 2",
+            "--moe-ffn-hidden-size 64",
+            "--moe-shared-expert-intermediate-size 64",
+            "--moe-z-loss-coeff 1e-3",
+            "--moe-expert-capacity-factor 1.5",
+            "--moe-balance-statistics exact",
+        )
+    ),
+    Refusal(
+        f"{EXPERTS} --moe-balance-statistics exact --moe-router-load-balancing-type aux_loss",
+        "--moe-balance-statistics exact needs .*--moe-router-load-balancing-type is aux_loss",
+        "leave it out, or give global and a weight above 0$",
+    ),
+    Refusal(
+        f"{EXPERTS} --moe-balance-statistics exact --moe-aux-loss-coeff 0",
+        "--moe-balance-statistics exact needs .*--moe-aux-loss-coeff 0",
+        "leave it out, or give global and a weight above 0$",
+    ),
+    Refusal(f"{SMALL} --expert-model-parallel-size 2", "--expert-model-parallel-size 2 needs experts", "--num-experts"),
+    Refusal(
+        f"{SMALL} --expert-tensor-parallel-size 2 {TP2}",
+        "--expert-tensor-parallel-size 2 needs experts",
+        "leave it out, or give --num-experts",
+        TWO,
+    ),
+    Refusal(
+        f"{SMALL} --expert-model-parallel-size 2 --expert-tensor-parallel-size 4",
+        "--expert-model-parallel-size 2 needs experts",
+        "leave it out, or give --num-experts",
+        {"world_size": 8},
+    ),
+    Refusal(f"{EXPERTS} {TP2}", f"experts under {TP2} need --sequence-parallel", "give it", TWO),
+    Refusal(
+        f"{PAPER} --moe-sparsity 8 --moe-topk 8 --moe-shared-expert --expert-model-parallel-size 8",
+        "--expert-model-parallel-size 8 does not divide the 63 routed experts",
+        "those that do: 1, 3, 7, 9, 21, 63; the nearest --num-experts that it divides: 56 and 64$",
+        {"world_size": 8},
+    ),
+    Refusal(
+        f"{EXPERTS} --expert-tensor-parallel-size 2",
+        "--expert-tensor-parallel-size is 2; it must be 1, or --tensor-model-parallel-size",
+        "which is 1$",
+        TWO,
+    ),
+    Refusal(
+        f"{EXPERTS} --tensor-model-parallel-size 2 --sequence-parallel --expert-tensor-parallel-size 4",
+        "--expert-tensor-parallel-size is 4; it must be 1, or --tensor-model-parallel-size",
+        "which is 2$",
+        {"world_size": 4},
+    ),
+    Refusal(
+        f"{EXPERTS} {TP2SP} --expert-tensor-parallel-size 2 --moe-ffn-hidden-size 33",
+        "--expert-tensor-parallel-size 2 does not divide --moe-ffn-hidden-size 33",
+        "the nearest: 32 and 34$",
+        TWO,
+    ),
+    Refusal(
+        f"{EXPERTS} {PP2} --expert-model-parallel-size 4",
+        r"2 rank\(s\) cannot hold expert x expert-tensor x pipeline parallelism 4 x 1 x 2",
+        "a multiple of 8 ranks, or lower --expert-model-parallel-size",
+        TWO,
+    ),
+    Refusal(
+        f"{EXPERTS} {TP2SP} --moe-shared-expert-intermediate-size 33",
+        f"{TP2} does not divide --moe-shared-expert-intermediate-size 33",
+        "the nearest: 32 and 34$",
+        TWO,
+    ),
     # Batch
     Refusal(f"{SMALL} --micro-batch-size 3", "--global-batch-size 8 .*--micro-batch-size", "that are: 6 and 9$"),
     Refusal(f"{SMALL} --micro-batch-size 16", "--global-batch-size 8 .*--micro-batch-size .*16", "that are: 16$"),
@@ -378,6 +531,15 @@ def test_every_refusal_has_a_test() -> None:
         (f"{SMALL} --lr-warmup-iters 19 --lr 0.1 --min-lr 0.1", 1),
         (f"{SMALL} --lr-decay-style WSD --lr-warmup-iters 15 --lr-wsd-decay-iters 5", 1),
         (f"{SMALL} --muon-momentum 0 --adam-beta1 0 --weight-decay 0 --clip-grad 0", 8),
+        # Harmless without experts: one command line serves dense models and mixtures.
+        (f"{SMALL} --moe-gate softmax --moe-aux-loss-coeff 0.01 --moe-router-load-balancing-type none", 1),
+        (f"{SMALL} --moe-token-dispatcher-type allgather", 1),
+        (f"{SMALL} --moe-sparsity 4 --moe-topk 1", 1),
+        (f"{SMALL} --moe-sparsity 1 --moe-topk 2 --moe-shared-expert", 1),
+        (f"{EXPERTS} --moe-router-topk 4 --moe-balance-statistics exact --moe-z-loss-coeff 1e-3", 1),
+        (f"{EXPERTS} {TP2SP} --expert-tensor-parallel-size 2 --expert-model-parallel-size 2", 4),
+        # Expert parallelism may reach over tensor-parallel ranks.
+        (f"{EXPERTS} {TP2SP} --expert-model-parallel-size 4", 4),
     ],
 )
 def test_what_can_run_is_not_refused(flags: str, world_size: int) -> None:

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from megatron_hyperp.optim.routing import RULES, describe, route
-from megatron_hyperp.parameters import ROLES, global_shape, named_parameters, partition_dim, role_of
+from megatron_hyperp.parameters import (
+    REPLICATED,
+    ROLES,
+    global_shape,
+    is_expert,
+    mark_expert_parameters,
+    named_parameters,
+    partition_dim,
+    role_of,
+)
 
 
 def parameter(*shape: int, split: int | None = None) -> torch.nn.Parameter:
@@ -23,6 +32,11 @@ NAMES = {
     "decoder.layers.3.self_attention.linear_proj.weight": ("hidden", (4, 4)),
     "decoder.layers.3.mlp.linear_fc1.weight": ("hidden", (16, 4)),
     "decoder.layers.3.mlp.linear_fc2.weight": ("hidden", (4, 8)),
+    "decoder.layers.3.mlp.router.weight": ("hidden", (6, 4)),
+    "decoder.layers.3.mlp.experts.local_experts.5.linear_fc1.weight": ("hidden", (16, 4)),
+    "decoder.layers.3.mlp.experts.local_experts.5.linear_fc2.weight": ("hidden", (4, 8)),
+    "decoder.layers.3.mlp.shared_experts.linear_fc1.weight": ("hidden", (16, 4)),
+    "decoder.layers.3.mlp.shared_experts.linear_fc2.weight": ("hidden", (4, 8)),
     "decoder.layers.3.self_attention.q_layernorm.weight": ("vector", (4,)),
     "decoder.layers.3.mlp.linear_fc1.layer_norm_weight": ("vector", (4,)),
     "decoder.final_layernorm.weight": ("vector", (4,)),
@@ -87,6 +101,66 @@ def test_names_count_layers_over_the_whole_model() -> None:
     assert names == ["decoder.layers.2.weight", "decoder.layers.3.weight"]
 
 
+def mixture(layer: Layer, experts: list[int]) -> Layer:
+    """Give a layer a mixture of experts with the given numbers, router and shared expert."""
+
+    def linear(name: str) -> torch.nn.Module:
+        module = torch.nn.Module()
+        module.register_module(name, torch.nn.Module())
+        module.get_submodule(name).register_parameter("weight", parameter(2, 2))
+        return module
+
+    layer.mlp = torch.nn.Module()
+    layer.mlp.local_expert_indices = experts  # as Megatron-Core's MoELayer has them
+    layer.mlp.layer_number = layer.layer_number
+    layer.mlp.experts = torch.nn.Module()
+    layer.mlp.experts.local_experts = torch.nn.ModuleList(
+        linear(f"linear_fc{1 + index % 2}") for index in range(len(experts))
+    )
+    layer.mlp.shared_experts = linear("linear_fc1")
+    layer.mlp.router = torch.nn.Module()
+    layer.mlp.router.register_parameter("weight", parameter(6, 2))
+    return layer
+
+
+def test_names_count_experts_over_all_expert_parallel_ranks() -> None:
+    """And layers, beside them, over the whole model; the numbers in the chunk are others, and overlap."""
+    chunk = torch.nn.Module()
+    chunk.decoder = torch.nn.Module()
+    chunk.decoder.layers = torch.nn.ModuleList([mixture(Layer(3), [2, 3]), mixture(Layer(1), [0, 1])])
+    names = [name for name, _ in named_parameters(Wrapper(Wrapper(chunk)))]
+    assert names == [
+        f"decoder.layers.{layer}.{rest}"
+        for layer, experts in ((2, (2, 3)), (0, (0, 1)))
+        for rest in (
+            "weight",
+            f"mlp.experts.local_experts.{experts[0]}.linear_fc1.weight",
+            f"mlp.experts.local_experts.{experts[1]}.linear_fc2.weight",
+            "mlp.shared_experts.linear_fc1.weight",
+            "mlp.router.weight",
+        )
+    ]
+    assert {role_of(name, value) for name, value in named_parameters(chunk) if "mlp" in name} == {"hidden"}
+
+
+@pytest.mark.parametrize("expert_tensor_parallel_size", [1, 2])
+def test_routed_experts_alone_are_marked(expert_tensor_parallel_size: int) -> None:
+    chunk = torch.nn.Module()
+    chunk.layers = torch.nn.ModuleList([mixture(Layer(1), [4, 5])])
+    for value in chunk.parameters():
+        # Under tensor parallelism the constructor of an expert's matrix says that it is split.
+        value.tensor_model_parallel, value.partition_dim = True, 0  # type: ignore[attr-defined]
+    mark_expert_parameters(Wrapper(chunk), expert_tensor_parallel_size)
+    dims = {"linear_fc1": 0, "linear_fc2": 1}
+    for name, value in chunk.named_parameters():
+        assert is_expert(value) == (".experts." in name), name
+        split = dims[name.split(".")[-2]] if is_expert(value) else 0
+        if is_expert(value) and expert_tensor_parallel_size == 1:
+            split = REPLICATED
+        assert partition_dim(value) == split, name
+    assert sum(map(is_expert, chunk.parameters())) == 2
+
+
 @pytest.mark.parametrize("optimizer", RULES)
 def test_routes(optimizer: str) -> None:
     pairs = [(name, parameter(*shape)) for name, (_, shape) in NAMES.items()]
@@ -118,7 +192,8 @@ def test_routes(optimizer: str) -> None:
     assert len(table.splitlines()) == len(NAMES) + 1
 
 
-def test_frozen_parameters_are_left_alone() -> None:
+def test_frozen_parameters_are_refused() -> None:
     frozen = parameter(4)
     frozen.requires_grad_(False)
-    assert route([("anything", frozen)], optimizer="hyperp", tensor_parallel_size=1) == []
+    with pytest.raises(ValueError, match="the parameter anything is frozen"):
+        route([("anything", frozen)], optimizer="hyperp", tensor_parallel_size=1)

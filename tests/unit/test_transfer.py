@@ -85,7 +85,7 @@ def test_token_budget_grows_with_the_parameters() -> None:
     [("depth_law", "depth", 2 / 3), ("token_law", "tokens", 4**0.32), ("batch_law", "batch", 2)],
 )
 def test_each_law_alone(law: str, name: str, factor: float) -> None:
-    transferred = learning_rate(Recipe(eta0=1.0, weight_decay=0.0, **{law: True}))
+    transferred = learning_rate(Recipe(eta0=1.0, moe_eta0=1.0, weight_decay=0.0, **{law: True}))
     assert [name for name, _, _ in transferred.factors] == [name]
     assert transferred.multiplier == pytest.approx(factor)
     assert transferred.value == pytest.approx(0.01 * factor)

@@ -1,0 +1,83 @@
+"""Slices of the paper's models, at a quarter of the width, that two cores can step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from megatron_hyperp.config import Config, ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig, TrainingConfig
+from megatron_hyperp.parameters import REPLICATED
+
+SCALE = 4
+GRANULARITY = 8
+LR = 0.015
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A part of one of the paper's models, at 1:SCALE of its width and vocabulary.
+
+    Attributes:
+        depth: of the paper's model, from which the width follows.
+        layers: of it.
+        vocabulary: rows of the embedding, cut in the same proportion as the layers.
+        experts: of each layer, an eighth as wide as the dense MLP; 0 for a dense model.
+    """
+
+    depth: int
+    layers: int
+    vocabulary: int
+    experts: int = 0
+
+
+SLICES = {
+    "d8": Slice(8, layers=8, vocabulary=8000),
+    "d24": Slice(24, layers=2, vocabulary=672),
+    "moe-d8": Slice(8, layers=1, vocabulary=1000, experts=64),
+    "moe-d24": Slice(24, layers=1, vocabulary=336, experts=16),
+    "tiny": Slice(4, layers=1, vocabulary=64, experts=8),
+}
+
+
+def config_of(part: Slice, tensor_ranks: int, optimizer: str, strategy: str) -> Config:
+    """Return the resolved config of a slice; tensor-parallel ranks share the matrices of experts, too."""
+    world_size = dist.get_world_size()
+    config = Config(
+        model=ModelConfig(
+            depth=part.depth, aspect_ratio=128 // SCALE, num_layers=part.layers, vocab_size=part.vocabulary
+        ),
+        parallel=ParallelConfig(tensor_model_parallel_size=tensor_ranks),
+        optimizer=OptimizerConfig(optimizer=optimizer, lr=LR, ns_strategy=strategy),  # type: ignore[arg-type]
+        training=TrainingConfig(global_batch_size=world_size, train_iters=1),
+    )
+    if part.experts:
+        width = config.model.aspect_ratio * part.depth
+        config.moe = MoEConfig(num_experts=part.experts, moe_ffn_hidden_size=4 * width // GRANULARITY)
+        config.parallel.expert_tensor_parallel_size = tensor_ranks
+        config.parallel.sequence_parallel = tensor_ranks > 1
+    return config.resolve(world_size=world_size)
+
+
+def shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...], int]]:
+    """Yield name, global shape and partition dimension of a model's parameters, as Megatron-Core has them."""
+    model, experts, size = config.model, config.moe.num_experts, config.moe.moe_ffn_hidden_size
+    width, heads = model.hidden_size, model.num_attention_heads * model.kv_channels
+    yield "embedding.word_embeddings.weight", (model.vocab_size, width), 0
+    for layer in (f"decoder.layers.{number}" for number in range(model.num_layers)):
+        yield f"{layer}.input_layernorm.weight", (width,), REPLICATED
+        groups = 2 * model.num_query_groups * model.kv_channels
+        yield f"{layer}.self_attention.linear_qkv.weight", (heads + groups, width), 0
+        yield f"{layer}.self_attention.linear_proj.weight", (width, heads), 1
+        yield f"{layer}.pre_mlp_layernorm.weight", (width,), REPLICATED
+        if experts:
+            yield f"{layer}.mlp.router.weight", (experts, width), REPLICATED
+            for expert in (f"{layer}.mlp.experts.local_experts.{number}" for number in range(experts)):
+                yield f"{expert}.linear_fc1.weight", (2 * size, width), 0
+                yield f"{expert}.linear_fc2.weight", (width, size), 1
+        else:
+            yield f"{layer}.mlp.linear_fc1.weight", (2 * model.ffn_hidden_size, width), 0
+            yield f"{layer}.mlp.linear_fc2.weight", (width, model.ffn_hidden_size), 1
+    yield "decoder.final_layernorm.weight", (width,), REPLICATED
+    yield "output_layer.weight", (model.vocab_size, width), 0

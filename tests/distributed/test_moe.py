@@ -1,0 +1,242 @@
+"""Mixture of experts: every layout trains the model that one rank trains, resharding and idle experts included."""
+
+from __future__ import annotations
+
+import gc
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_hyperp.training.logging import read_metrics
+from tests import tolerances
+from tests.run_distributed import free_port, run_distributed
+from tests.toy import toy_config, write_corpus
+
+Runs = dict[str, dict[str, Any]]
+MOE = {"num_layers": 2, "ffn_hidden_size": 128, "moe_sparsity": 4, "moe_topk": 2}
+TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+EP2 = {"expert_model_parallel_size": 2}
+PP2 = {"pipeline_model_parallel_size": 2}
+SHARED = {"moe_topk": 4, "moe_shared_expert": True, "moe_sparsity": 2}
+EXACT = {"moe_balance_statistics": "exact"}
+# Enough tokens for each expert to make its gradients of full rank: what Newton-Schulz makes of the rest is rounding.
+SPARSE = {"num_experts": 64, "moe_router_topk": 4, "moe_sparsity": 0, "moe_topk": 0, "moe_ffn_hidden_size": 16}
+SPARSE |= {"hidden_size": 32}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 30000}
+LAYOUTS: dict[int, Runs] = {
+    1: {
+        "one": {},
+        "one-shared": SHARED,
+        "one-exact": EXACT,
+        "one-recompute": {"recompute_granularity": "full"},
+        "one-64": SPARSE,
+        "one-z": {"moe_z_loss_coeff": 1e-3},
+        "one-softmax": {"moe_gate": "softmax"},
+        "one-unbalanced": {"moe_router_load_balancing_type": "none"},
+        "one-aux": {"moe_router_load_balancing_type": "aux_loss"},
+        "one-capacity": {"moe_expert_capacity_factor": 1.0},
+        "one-bf16": {"bf16": True},
+        "one-adamw": {"optimizer": "adamw", "lr": 0.005, "base_hidden_size": 32},
+    },
+    2: {
+        "ep2": EP2,
+        "ep2-allgather": {**EP2, "moe_token_dispatcher_type": "allgather"},
+        "dp2": {},
+        "tp2": TP2,
+        "tp2-etp2": {**TP2, "expert_tensor_parallel_size": 2},
+        "tp2-z": {**TP2, "moe_z_loss_coeff": 1e-3},
+        "tp2-aux": {**TP2, "moe_router_load_balancing_type": "aux_loss"},
+        "pp2": PP2,
+        # Two micro-batches on each of two ranks, where one rank takes four.
+        "dp2-exact": EXACT,
+        "ep2-64": {**EP2, **SPARSE, **OVERLAP},
+        "ep2-shared": {**SHARED, "num_experts": 8, **EP2},
+        "ep2-adamw": {"optimizer": "adamw", "lr": 0.005, "base_hidden_size": 32, **EP2},
+    },
+    4: {
+        "ep4": {"expert_model_parallel_size": 4},
+        "ep2-dp2": EP2,
+        "ep2-tp2": {**EP2, **TP2},
+        "ep2-tp2-64": {**EP2, **TP2, **SPARSE},
+        "ep2-pp2": {**EP2, **PP2},
+        "ep2-tp2-component": {**EP2, **TP2, "matrix_split": "component"},
+    },
+}
+LAYOUTS[1]["one-shared-8"] = {**SHARED, "num_experts": 8}
+LAYOUTS[1]["one-component"] = {"matrix_split": "component"}
+REFERENCES = {
+    **dict.fromkeys(("ep2", "ep2-allgather", "dp2", "tp2", "tp2-etp2", "pp2", "ep4", "ep2-dp2", "ep2-tp2"), "one"),
+    **dict.fromkeys(("ep2-pp2",), "one"),
+    **{"tp2-z": "one-z", "tp2-aux": "one-aux"},
+    **{"dp2-exact": "one-exact", "ep2-64": "one-64", "ep2-tp2-64": "one-64"},
+    **{"ep2-shared": "one-shared-8", "ep2-adamw": "one-adamw", "ep2-tp2-component": "one-component"},
+}
+
+
+def train_all(prefix: str, folder: str, runs: Runs, ports: dict[str, int]) -> None:
+    from megatron_hyperp.training.loop import pretrain
+
+    for name, overrides in runs.items():
+        os.environ["MASTER_PORT"] = str(ports[name])
+        config = toy_config(prefix, Path(folder) / name, **{**MOE, **overrides})
+        pretrain(config, world_size=int(os.environ["WORLD_SIZE"]))
+        gc.collect()  # process groups live on in the cycles of a dropped model, with their threads and sockets
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
+    folder = tmp_path_factory.mktemp("moe")
+    prefix = write_corpus(folder)
+    for world_size, layouts in LAYOUTS.items():
+        run_distributed(train_all, world_size, prefix, str(folder), layouts, {name: free_port() for name in layouts})
+    return {name: read_metrics(folder / name) for layouts in LAYOUTS.values() for name in layouts}
+
+
+def largest_difference(run: list[dict[str, Any]], reference: list[dict[str, Any]], key: str = "loss") -> float:
+    assert len(run) == len(reference) == 20
+    return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(run, reference, strict=True))
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_layout_equals_one_rank(runs: Any, name: str) -> None:
+    reference = runs[REFERENCES[name]]
+    assert largest_difference(runs[name], reference) < tolerances.LAYOUT_LOSS
+    assert largest_difference(runs[name], reference, "grad_norm") < 100 * tolerances.LAYOUT_LOSS
+
+
+@pytest.mark.parametrize("name", REFERENCES)
+def test_the_global_balance_is_that_of_one_rank(runs: Any, name: str) -> None:
+    """The first batch has the same weights everywhere, so loads are equal and the loss is up to rounding."""
+    first, expected = runs[name][0], runs[REFERENCES[name]][0]
+    assert first["tokens_per_expert"] == expected["tokens_per_expert"]
+    assert first["max_vio_per_layer"] == pytest.approx(expected["max_vio_per_layer"], rel=1e-6)
+    for key in ("balance_loss", "router_z"):
+        assert first[key] == pytest.approx(expected[key], rel=1e-6)
+        # Thereafter a token that lies between two experts may go either way.
+        assert largest_difference(runs[name], runs[REFERENCES[name]], key) < 10 * tolerances.LAYOUT_LOSS
+
+
+def test_recomputation_counts_each_token_once(runs: Any) -> None:
+    assert largest_difference(runs["one-recompute"], runs["one"]) == 0.0
+    assert largest_difference(runs["one-recompute"], runs["one"], "balance_loss") == 0.0
+
+
+@pytest.mark.parametrize("name", [name for layouts in LAYOUTS.values() for name in layouts])
+def test_every_token_is_counted(runs: Any, name: str) -> None:
+    fields = {**MOE, **next(layouts[name] for layouts in LAYOUTS.values() if name in layouts)}
+    topk = fields.get("moe_router_topk") or fields["moe_topk"] - bool(fields.get("moe_shared_expert"))
+    for row in runs[name]:
+        assert [sum(layer) for layer in row["tokens_per_expert"]] == [2048 * topk] * 2
+        for layer, violation in zip(row["tokens_per_expert"], row["max_vio_per_layer"], strict=True):
+            mean = sum(layer) / len(layer)
+            assert violation == pytest.approx(max(layer) / mean - 1)
+
+
+@pytest.mark.parametrize("name", [name for layouts in LAYOUTS.values() for name in layouts if "adamw" not in name])
+def test_experts_and_router_stay_on_their_spheres(runs: Any, name: str) -> None:
+    drifts = [row["radius_drift"] for row in runs[name]]
+    assert 0 < max(drifts) < tolerances.RADIUS_DRIFT
+
+
+@pytest.mark.parametrize("name", ["one", *(name for name in LAYOUTS[1] if name != "one")])
+def test_every_kind_learns(runs: Any, name: str) -> None:
+    assert runs[name][-1]["loss"] < 0.95 * runs[name][0]["loss"]
+
+
+def test_a_z_loss_keeps_router_logits_small(runs: Any) -> None:
+    assert runs["one-z"][-1]["router_z"] < runs["one"][-1]["router_z"]
+
+
+def test_the_loss_balances(runs: Any) -> None:
+    assert runs["one"][-1]["max_vio"] < 0.5 * runs["one-unbalanced"][-1]["max_vio"]
+    assert runs["one"][-1]["balance_loss"] < runs["one-unbalanced"][-1]["balance_loss"]
+
+
+@pytest.mark.parametrize("name", ["one-z", "one-softmax", "one-capacity", "one-aux", "one-exact", "one-shared"])
+def test_every_setting_changes_training(runs: Any, name: str) -> None:
+    assert largest_difference(runs[name], runs["one"]) > 1e-5
+
+
+# A token's expert is chosen by its rank's router; with 64 experts and a batch of few tokens, most experts are idle.
+IDLE = {**SPARSE, "seq_length": 8, "micro_batch_size": 1, "global_batch_size": 4, "train_iters": 10}
+
+
+def train_idle(prefix: str, folder: str, overrides: dict[str, Any]) -> list[dict[str, Any]]:
+    from megatron_hyperp.training.loop import pretrain
+
+    config = toy_config(prefix, Path(folder), **{**MOE, **IDLE, **overrides})
+    pretrain(config, world_size=int(os.environ["WORLD_SIZE"]))
+    return read_metrics(Path(folder))
+
+
+def test_idle_experts_stall_nothing(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path)
+    one = run_distributed(train_idle, 1, prefix, str(tmp_path / "one"), {})[0]
+    four = run_distributed(train_idle, 4, prefix, str(tmp_path / "four"), {**EP2, **OVERLAP})[0]
+    assert any(0 in layer for row in one for layer in row["tokens_per_expert"])
+    assert [row["skipped"] for row in four] == [0] * 10
+    assert four[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
+    assert four[0]["tokens_per_expert"] == one[0]["tokens_per_expert"]
+    assert all(row["radius_drift"] < tolerances.RADIUS_DRIFT for row in four)
+
+
+RESHARDED: dict[str, tuple[int, dict[str, Any]]] = {
+    "same": (4, {**EP2, **TP2}),
+    "one": (1, {}),
+    "ep4": (4, {"expert_model_parallel_size": 4}),
+    "tp2-etp2": (2, {**TP2, "expert_tensor_parallel_size": 2}),
+    "ep2-pp2": (4, {**EP2, **PP2}),
+}
+
+
+def train_resharded(prefix: str, folder: str, runs: Runs, ports: dict[str, int]) -> None:
+    train_all(
+        prefix,
+        folder,
+        {name: {**SHARED, "num_experts": 8, "train_iters": 10, **run} for name, run in runs.items()},
+        ports,
+    )
+
+
+def test_checkpoints_reshard_over_expert_parallel_ranks(tmp_path: Path) -> None:
+    prefix, store = write_corpus(tmp_path), str(tmp_path / "store")
+    saved = {**EP2, **TP2}
+    batches: list[tuple[int, Runs]] = [(4, {"whole": saved, "first": {**saved, "save": store, "exit_interval": 5}})]
+    for size in (1, 2, 4):
+        chosen = {name: {**run, "load": store} for name, (ranks, run) in RESHARDED.items() if ranks == size}
+        batches.append((size, chosen))
+    for size, chosen in batches:
+        run_distributed(train_resharded, size, prefix, str(tmp_path), chosen, {name: free_port() for name in chosen})
+    whole = {row["iteration"]: row["loss"] for row in read_metrics(tmp_path / "whole")}
+    for name in RESHARDED:
+        resumed = {row["iteration"]: row["loss"] for row in read_metrics(tmp_path / name)}
+        assert sorted(resumed) == [6, 7, 8, 9, 10]
+        largest = max(abs(loss - whole[iteration]) / loss for iteration, loss in resumed.items())
+        assert largest < (1e-12 if name == "same" else tolerances.RESHARDED_LOSS), name
+
+
+def build_weights(prefix: str, folder: str, overrides: dict[str, Any]) -> dict[str, torch.Tensor]:
+    from megatron_hyperp.parameters import named_parameters
+    from tests.distributed.test_data_parallel import build_trainer
+
+    trainer = build_trainer(prefix, folder, {**MOE, **overrides})
+    return {
+        name: parameter.detach().clone()
+        for chunk in trainer.chunks
+        for name, parameter in named_parameters(chunk)
+        if ".experts." in name or "router" in name
+    }
+
+
+def test_initial_experts_are_the_same_bits_for_every_layout(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path)
+    [expected] = run_distributed(build_weights, 1, prefix, str(tmp_path), {})
+    ranks = run_distributed(build_weights, 2, prefix, str(tmp_path), EP2)
+    assert set(expected) == {name for weights in ranks for name in weights}
+    for weights in ranks:
+        assert len(weights) == 2 * (4 * 2 + 1)
+        for name, weight in weights.items():
+            assert torch.equal(weight, expected[name]), name
