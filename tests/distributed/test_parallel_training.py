@@ -125,7 +125,7 @@ def test_other_models_and_optimizers_equal_one_rank(
 
 @pytest.mark.parametrize("name", ["one-component", "one-head"])
 def test_a_matrix_split_is_another_optimizer(runs: dict[str, list[dict[str, Any]]], name: str) -> None:
-    assert largest_difference(runs[name], runs["one"]) > 100 * tolerances.LAYOUT_LOSS
+    assert largest_difference(runs[name], runs["one"]) > 10 * tolerances.LAYOUT_LOSS
 
 
 def test_overlap_changes_nothing(runs: dict[str, list[dict[str, Any]]]) -> None:
