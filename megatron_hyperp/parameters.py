@@ -30,10 +30,15 @@ ROLES: dict[str, tuple[str, ...]] = {
 }
 
 
+# Of a grouped layer of experts: experts.linear_fc1.weight3
+_GROUPED = re.compile(r"(\.experts)\.(linear_fc[12])\.weight(\d+)$")
+
+
 def named_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield a pipeline chunk's parameters, wrappers' prefixes dropped.
 
-    Layers are numbered from 0 over the whole model, and a layer's experts over all expert-parallel ranks.
+    Layers are numbered from 0 over the whole model, and a layer's experts over all expert-parallel ranks. A matrix of
+    an expert has the name that Megatron-Core's ``SequentialMLP`` gives it, although grouped experts keep it otherwise.
     """
     numbers: dict[str, int] = {}
     for name, module in chunk.named_modules():
@@ -42,7 +47,7 @@ def named_parameters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Par
         for local, number in enumerate(getattr(module, "local_expert_indices", ())):
             numbers[f"{name}.experts.local_experts.{local}"] = number
     for name, parameter in chunk.named_parameters():
-        words = name.split(".")
+        words = _GROUPED.sub(r"\1.local_experts.\3.\2.weight", name).split(".")
         # The prefix in the chunk's own numbering says the number in the whole model.
         whole = [str(numbers.get(".".join(words[: end + 1]), word)) for end, word in enumerate(words)]
         yield re.sub(r"^(module\.)+", "", ".".join(whole)), parameter

@@ -185,6 +185,17 @@ def _check_expert_parallelism(config: Config, world_size: int) -> None:
             f"--expert-tensor-parallel-size {etp} does not divide --moe-ffn-hidden-size {moe.moe_ffn_hidden_size};"
             f" the nearest: {_multiples(moe.moe_ffn_hidden_size, etp)}"
         )
+    # Rows of 16 bytes, for grouped products.
+    multiple = 8 if config.training.bf16 else 4
+    for flag, size in (
+        ("--hidden-size", config.model.hidden_size),
+        ("--moe-ffn-hidden-size / --expert-tensor-parallel-size", moe.moe_ffn_hidden_size // etp),
+    ):
+        if size % multiple:
+            raise UsageError(
+                f"{flag} is {size}; experts are multiplied in groups, which needs a multiple of {multiple};"
+                f" the nearest: {_multiples(size, multiple)}"
+            )
     if world_size % (ep * etp * pp):
         raise UsageError(
             f"{world_size} rank(s) cannot hold expert x expert-tensor x pipeline parallelism {ep} x {etp} x {pp};"

@@ -146,8 +146,7 @@ class Probe:
         self._sums = dict.fromkeys(("block", "gates", "experts", "shared"), 0.0)
         self._total: Any = 0.0
         self._elements = self._tokens = 0
-        parts = [(block, "block"), (block.router, "gates")]
-        parts += [(expert, "experts") for expert in block.experts.local_experts]
+        parts = [(block, "block"), (block.router, "gates"), (block.experts, "experts")]
         parts += [(block.shared_experts, "shared")] if block.use_shared_expert else []
         self._hooks = [module.register_forward_hook(self._adder(name)) for module, name in parts]
 

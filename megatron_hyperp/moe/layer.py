@@ -10,6 +10,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
 
 from megatron_hyperp.moe.balance import Balance
+from megatron_hyperp.moe.grouped import grouped_experts
 from megatron_hyperp.moe.sqrt_gate import SqrtGateRouter
 
 
@@ -33,5 +34,6 @@ def with_sqrt_gate(spec: ModuleSpec, *, gate: str, balance: Balance) -> ModuleSp
         balance: shared by all layers.
     """
     spec.module = HyperPMoELayer
+    spec.submodules.experts = grouped_experts()
     spec.submodules.router = partial(SqrtGateRouter, gate=gate, balance=balance)
     return spec

@@ -459,6 +459,16 @@ REFUSALS = [
         TWO,
     ),
     Refusal(
+        f"{EXPERTS} --moe-ffn-hidden-size 34",
+        "--moe-ffn-hidden-size / --expert-tensor-parallel-size is 34; experts are multiplied in groups",
+        "a multiple of 4; the nearest: 32 and 36$",
+    ),
+    Refusal(
+        f"{EXPERTS} --bf16 --hidden-size 68 --kv-channels 16",
+        "--hidden-size is 68; experts are multiplied in groups",
+        "a multiple of 8; the nearest: 64 and 72$",
+    ),
+    Refusal(
         f"{EXPERTS} {PP2} --expert-model-parallel-size 4",
         r"2 rank\(s\) cannot hold expert x expert-tensor x pipeline parallelism 4 x 1 x 2",
         "a multiple of 8 ranks, or lower --expert-model-parallel-size",

@@ -152,42 +152,46 @@ def counted(action: Callable[[], Any]) -> dict[str, int]:
     return dict(operations.counts)
 
 
-def count_operations(folder: str, sizes: tuple[int, ...], overrides: dict[str, Any]) -> list[dict[str, dict[str, int]]]:
-    """Count the operations of a step, and of the exchange around it, for models of several sizes."""
+RECIPES: list[dict[str, Any]] = [{}, {"matrix_split": "component"}, {"optimizer": "adamw"}]
+
+
+def count_operations(folder: str, sizes: tuple[int, ...]) -> list[list[dict[str, dict[str, int]]]]:
+    """Count the operations of a step and of the exchange around it, for each recipe for models of several sizes."""
     from megatron.core import parallel_state
-    from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_hyperp import device
-    from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
-    from megatron_hyperp.optim.distributed import get_hyperp_optimizer
 
     device.adapt_megatron()
     device.init_process_group(1)
     parallel_state.initialize_model_parallel(create_gloo_process_groups=False)
-    config = toy_config("unused", Path(folder), hidden_size=16, num_layers=1, **overrides)
-    config = config.resolve(world_size=dist.get_world_size())
+    return [[operations_of(layers, folder, recipe) for layers in sizes] for recipe in RECIPES]
+
+
+def operations_of(layers: int, folder: str, recipe: dict[str, Any]) -> dict[str, dict[str, int]]:
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
+    from megatron_hyperp.optim.distributed import get_hyperp_optimizer
+
+    config = toy_config("unused", Path(folder), hidden_size=16, num_layers=1, **recipe)
     core = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1, calculate_per_token_loss=True)
-    results = []
-    for layers in sizes:
-        [chunk] = wrap_for_data_parallelism(core, [StandIn(layers)])
-        optimizer = get_hyperp_optimizer(config, [chunk])
-        for parameter in chunk.module.parameters():
-            parameter.main_grad.fill_(1.0)  # type: ignore[attr-defined]
-        results.append(
-            {
-                "reduce": counted(chunk.finish_grad_sync),
-                "step": counted(optimizer.step),
-                "reload": counted(optimizer.reload_model_params),
-                "zero": counted(chunk.zero_grad_buffer),
-            }
-        )
-        assert all(bool(torch.isfinite(parameter).all()) for parameter in chunk.module.parameters())
-    return results
+    [chunk] = wrap_for_data_parallelism(core, [StandIn(layers)])
+    optimizer = get_hyperp_optimizer(config.resolve(world_size=dist.get_world_size()), [chunk])
+    for parameter in chunk.module.parameters():
+        parameter.main_grad.fill_(1.0)  # type: ignore[attr-defined]
+    result = {
+        "reduce": counted(chunk.finish_grad_sync),
+        "step": counted(optimizer.step),
+        "reload": counted(optimizer.reload_model_params),
+        "zero": counted(chunk.zero_grad_buffer),
+    }
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in chunk.module.parameters())
+    return result
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("overrides", [{}, {"matrix_split": "component"}, {"optimizer": "adamw"}], ids=str)
-def test_a_step_does_not_go_matrix_by_matrix(tmp_path: Path, ranks: int, overrides: dict[str, Any]) -> None:
-    for few, many in run_distributed(count_operations, ranks, str(tmp_path), (8, 64), overrides):
-        assert few == many
-        assert 10 < sum(few["step"].values()) < 500
+def test_a_step_does_not_go_matrix_by_matrix(tmp_path: Path, ranks: int) -> None:
+    for result in run_distributed(count_operations, ranks, str(tmp_path), (8, 64)):
+        for recipe, (few, many) in zip(RECIPES, result, strict=True):
+            assert few == many, recipe
+            assert 10 < sum(few["step"].values()) < 500, recipe

@@ -114,9 +114,10 @@ def mixture(layer: Layer, experts: list[int]) -> Layer:
     layer.mlp.local_expert_indices = experts  # as Megatron-Core's MoELayer has them
     layer.mlp.layer_number = layer.layer_number
     layer.mlp.experts = torch.nn.Module()
-    layer.mlp.experts.local_experts = torch.nn.ModuleList(
-        linear(f"linear_fc{1 + index % 2}") for index in range(len(experts))
-    )
+    for index in range(len(experts)):
+        grouped = torch.nn.Module()
+        grouped.register_parameter(f"weight{index}", parameter(2, 2))
+        layer.mlp.experts.register_module(f"linear_fc{1 + index % 2}", grouped)
     layer.mlp.shared_experts = linear("linear_fc1")
     layer.mlp.router = torch.nn.Module()
     layer.mlp.router.register_parameter("weight", parameter(6, 2))
