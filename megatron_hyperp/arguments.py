@@ -23,37 +23,61 @@ def section_types() -> dict[str, type]:
     return typing.get_type_hints(Config)
 
 
-def load_yaml(path: str | Path) -> Config:
-    """Read a config file.
+def load_yaml(*paths: str | Path) -> Config:
+    """Read config files; what a later one sets beats an earlier one.
 
     Raises:
-        UsageError: no such file, no YAML, an unknown section or key (the nearest known one is named), a wrong type.
+        UsageError: no such file, no YAML, an unknown section or key (the nearest known one is named), a wrong type, or
+            a key that an earlier file leaves without effect.
     """
+    config = Config()
+    for index, path in enumerate(paths):
+        given = _settings(_read_yaml(path), source=str(path))
+        values = {name: value for section in given.values() for name, value in section.items()}
+        earlier = ", ".join(str(other) for other in paths[:index])
+        _check_derivation(config, values, earlier, file=str(path))
+        _set(config, given)
+    return config
+
+
+def _read_yaml(path: str | Path) -> Any:
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         message = f"config {path} cannot be read: {error.strerror}; check the path"
         raise UsageError(message, same_on_all_ranks=True) from error
     except (yaml.YAMLError, ValueError) as error:
         message = f"config {path} is not YAML: {' '.join(str(error).split())}"
         raise UsageError(message, same_on_all_ranks=True) from error
-    return from_dict(content, source=str(path))
 
 
 def from_dict(content: Any, *, source: str) -> Config:
     """Build a config from nested mappings; ``source`` names them in errors. Raises: as :func:`load_yaml`."""
-    sections = section_types()
     config = Config()
+    _set(config, _settings(content, source))
+    return config
+
+
+def _settings(content: Any, source: str) -> dict[str, dict[str, Any]]:
+    """Return what nested mappings set, by section, converted to the fields' types."""
+    sections = section_types()
+    given: dict[str, dict[str, Any]] = {}
     for section_name, values in _mapping(content, source).items():
         if section_name not in sections:
             raise _unknown(section_name, sections, f"{source}: section {section_name}")
         hints = typing.get_type_hints(sections[section_name])
+        given[section_name] = {}
         for key, value in _mapping(values, f"{source}: section {section_name}").items():
             if key not in hints:
                 raise _unknown(key, hints, f"{source}: key {section_name}.{key}")
-            converted = convert(value, hints[key], f"{source}: {section_name}.{key}")
-            setattr(getattr(config, section_name), key, converted)
-    return config
+            given[section_name][key] = convert(value, hints[key], f"{source}: {section_name}.{key}")
+    return given
+
+
+def _set(config: Config, given: dict[str, dict[str, Any]]) -> None:
+    for section_name, values in given.items():
+        for key, value in values.items():
+            setattr(getattr(config, section_name), key, value)
 
 
 def _mapping(value: Any, where: str) -> dict[Any, Any]:
@@ -156,7 +180,14 @@ class _Parser(argparse.ArgumentParser):
 def build_parser(description: str) -> argparse.ArgumentParser:
     """Return a parser with ``--config FILE`` and one flag for every field, grouped by section."""
     parser = _Parser(description=description, epilog="--debug shows the traceback of an error.", allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE", help="YAML file with the same knobs; a flag beats the file")
+    parser.add_argument(
+        "--config",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="YAML files with the same knobs; a later file beats an earlier one, and a flag beats them all",
+    )
     for section_name, kind in section_types().items():
         summary = (kind.__doc__ or "").split("\n")[0].replace("``", "")
         group = parser.add_argument_group(section_name, summary)
@@ -187,10 +218,17 @@ def parse(argv: list[str], *, description: str) -> Config:
     Raises:
         UsageError: an unknown flag, a value of the wrong type, or a flag that the file leaves without effect.
     """
-    given = vars(build_parser(description).parse_args(argv))
-    path = given.pop("config")
-    config = load_yaml(path) if path else Config()
-    _check_derivation(config, given, str(path))
+    return from_flags(vars(build_parser(description).parse_args(argv)))
+
+
+def from_flags(given: dict[str, Any]) -> Config:
+    """Build a config from what :func:`build_parser`'s parser found, by destination; other entries are passed over.
+
+    Raises: as :func:`parse`.
+    """
+    paths = given["config"]
+    config = load_yaml(*paths)
+    _check_derivation(config, given, ", ".join(paths))
     for section_name, kind in section_types().items():
         hints = typing.get_type_hints(kind)
         for item in dataclasses.fields(kind):
@@ -200,18 +238,32 @@ def parse(argv: list[str], *, description: str) -> Config:
     return config
 
 
-def _check_derivation(config: Config, given: dict[str, Any], source: str) -> None:
-    """Refuse a flag of :data:`DERIVATIONS` beside a file that fixes what would follow from it."""
+def _check_derivation(config: Config, given: dict[str, Any], source: str, *, file: str | None = None) -> None:
+    """Refuse a knob of :data:`DERIVATIONS` beside files that fix what would follow from it.
+
+    Args:
+        config: read from the files so far.
+        given: what is to be set beside them.
+        source: the files' names.
+        file: where it is given; None for flags.
+    """
     for name, (section, followers) in DERIVATIONS.items():
         fixed = [other for other in followers if getattr(getattr(config, section), other) and other not in given]
-        if name in given and fixed:
-            flag = "--no-moe-shared-expert" if given[name] is False else flag_name(name)
-            value = "" if isinstance(given[name], bool) else f" {given[name]}"
+        if given.get(name) is not None and fixed:
             raise UsageError(
-                f"{flag}{value} changes nothing in {source}, which sets {', '.join(fixed)};"
+                f"{_spelled(name, given[name], file)} changes nothing in {source}, which sets {', '.join(fixed)};"
                 " take those out of the file (a run's config.yaml has them all: start from the file you gave it)",
                 same_on_all_ranks=True,
             )
+
+
+def _spelled(name: str, value: Any, file: str | None) -> str:
+    """A knob and its value as the user wrote them."""
+    if file:
+        return f"{file}: {name} {value}"
+    if isinstance(value, bool):
+        return flag_name(name) if value else flag_name(f"no_{name}")
+    return f"{flag_name(name)} {value}"
 
 
 def to_yaml(config: Config) -> str:

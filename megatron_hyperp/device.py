@@ -14,12 +14,13 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.hardware import GPUS
 
 _CPU = torch.device("cpu")
 
@@ -27,6 +28,26 @@ _CPU = torch.device("cpu")
 def has_cuda() -> bool:
     """Whether this process computes on a CUDA device."""
     return torch.cuda.is_available()
+
+
+# Set while plans are made for another kind of device than this process computes on.
+_target: str | None = None
+
+
+@contextlib.contextmanager
+def planning_for(kind: str) -> Iterator[None]:
+    """Let costs be those of "cuda" or "cpu" for a while, wherever this process runs; nothing may be computed then."""
+    global _target
+    before, _target = _target, kind
+    try:
+        yield
+    finally:
+        _target = before
+
+
+def target() -> str:
+    """The kind of device, "cuda" or "cpu", that costs are counted for: this process's, unless it plans for another."""
+    return _target or ("cuda" if has_cuda() else "cpu")
 
 
 def device() -> torch.device:
@@ -67,7 +88,7 @@ def newton_schulz_dtype(name: str, *, gram: bool = False) -> torch.dtype:
     which bf16 is too coarse.
     """
     if name == "auto":
-        name = ("fp16" if gram else "bf16") if has_cuda() else "fp32"
+        name = ("fp16" if gram else "bf16") if target() == "cuda" else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
 
 
@@ -77,7 +98,7 @@ def symmetric_blocks(size: int) -> int:
     On CPU that saves a third of the time from 128 rows on (benchmarks/optimizer_step); under CUDA, where small blocks
     waste the device, products stay whole.
     """
-    if has_cuda() or size < 128:
+    if target() == "cuda" or size < 128:
         return 1
     return 4 if size < 512 else 8
 
@@ -93,16 +114,12 @@ def newton_schulz_chunk() -> int | None:
     return None if has_cuda() else _NEWTON_SCHULZ_CHUNK
 
 
-# Peak dense bf16 TFLOP/s without sparsity, from NVIDIA's data sheets (SXM versions).
-_PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
-
-
 def peak_tflops() -> float | None:
     """Peak dense bf16 TFLOP/s of this device if it is a known one, for model FLOPs utilization."""
     if has_cuda():
-        for name, peak in _PEAK_TFLOPS.items():
+        for name, gpu in GPUS.items():
             if name in torch.cuda.get_device_name():
-                return peak
+                return gpu.tflops
     return None
 
 

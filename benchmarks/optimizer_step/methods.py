@@ -18,7 +18,7 @@ from benchmarks.optimizer_step.others import (
     cost_of_redundant,
     redundant_per_matrix,
 )
-from benchmarks.optimizer_step.slices import Slice, config_of, shapes
+from benchmarks.optimizer_step.slices import Slice, config_of
 from megatron_hyperp.config import Config
 from megatron_hyperp.model.build import transformer_config
 from megatron_hyperp.optim import distributed
@@ -28,6 +28,7 @@ from megatron_hyperp.optim.distributed import HyperPOptimizer, get_hyperp_optimi
 from megatron_hyperp.optim.routing import route
 from megatron_hyperp.optim.tensor_parallel import AUTO, MACHINES, STRATEGIES, Cost, Job, choose, costs
 from megatron_hyperp.parameters import REPLICATED, mark_expert_parameters, named_parameters
+from megatron_hyperp.planning.inventory import shapes
 
 
 def _random(shape: tuple[int, ...], dim: int, seed: int) -> torch.Tensor:
@@ -40,16 +41,17 @@ def _random(shape: tuple[int, ...], dim: int, seed: int) -> torch.Tensor:
 def local_gradients(config: Config) -> list[torch.Tensor]:
     """Return gradients as this rank's backward pass would leave them; those of data-parallel ranks differ."""
     first_seed = 1_000_000 * (1 + parallel_state.get_data_parallel_group().rank())
-    return [_random(shape, dim, first_seed + number) for number, (_, shape, dim) in enumerate(shapes(config))]
+    return [_random(item.shape, item.partition_dim, first_seed + number) for number, item in enumerate(shapes(config))]
 
 
 def stand_in(config: Config) -> torch.nn.Module:
     """Return a module that has the parameters of a model, and does nothing."""
     root = torch.nn.Module()
-    for seed, (name, shape, dim) in enumerate(shapes(config)):
-        parameter = torch.nn.Parameter(_random(shape, dim, seed) * shape[-1] ** -0.5)
+    for seed, item in enumerate(shapes(config)):
+        dim = item.partition_dim
+        parameter = torch.nn.Parameter(_random(item.shape, dim, seed) * item.shape[-1] ** -0.5)
         parameter.tensor_model_parallel, parameter.partition_dim = dim != REPLICATED, dim  # type: ignore[attr-defined]
-        module, (*path, leaf) = root, name.split(".")
+        module, (*path, leaf) = root, item.name.split(".")
         for part in path:
             if not hasattr(module, part):
                 module.add_module(part, torch.nn.Module())

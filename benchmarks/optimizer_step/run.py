@@ -30,7 +30,7 @@ from benchmarks.optimizer_step.whole_step import run as run_whole_steps
 from megatron_hyperp import device
 from megatron_hyperp.errors import UsageError, run_command
 from megatron_hyperp.optim.orthogonalize import BACKENDS, NewtonSchulz, check_backend
-from megatron_hyperp.optim.tensor_parallel import STRATEGIES, Job, choose, costs, machine_of, orthogonalize_family
+from megatron_hyperp.optim.tensor_parallel import STRATEGIES, Job, choose, costs, machine, orthogonalize_family
 
 # (count, rows, columns, sharded dimension) of families. "design" is the shape of the claims; the others are layers
 # or experts of the paper's models at a quarter of the width: fused QKV, attention projection, gate and up, down.
@@ -91,14 +91,14 @@ def report(family: Family, spent: dict[str, float], ranks: int) -> str:
     """Return one family's block of the table."""
     count, rows, columns, split = family
     ns, job = NewtonSchulz(dtype=torch.float32), Job(count, rows, columns, split, ranks)
-    predicted, machine = costs(job, ns), machine_of(torch.empty(0))
+    predicted, rates = costs(job, ns), machine()
     best = min(spent[name] for name in STRATEGIES if name in spent)
-    lines = [f"{count} x [{rows}, {columns}], dim {split}, {ranks} ranks: auto takes {choose(job, ns, machine)}"]
+    lines = [f"{count} x [{rows}, {columns}], dim {split}, {ranks} ranks: auto takes {choose(job, ns, rates)}"]
     for name, value in spent.items():
         line = f"  {name:11s} {value / best:6.2f} x best  {1e3 * value:9.2f} ms"
         if name in predicted:
             cost = predicted[name]
-            line += f"  predicted {1e3 * cost.seconds(machine):9.2f} ms  {cost.collectives} collectives"
+            line += f"  predicted {1e3 * cost.seconds(rates):9.2f} ms  {cost.collectives} collectives"
             line += f"  {cost.sent / 1e6:8.2f} MB  {cost.flops / 1e9:8.2f} GFLOP a rank"
         lines.append(line)
     return "\n".join(lines)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch.distributed as dist
 
 from megatron_hyperp.config import Config, ModelConfig, MoEConfig, OptimizerConfig, ParallelConfig, TrainingConfig
-from megatron_hyperp.parameters import REPLICATED
 
 SCALE = 4
 GRANULARITY = 8
@@ -58,26 +56,3 @@ def config_of(part: Slice, tensor_ranks: int, optimizer: str, strategy: str) -> 
         config.parallel.expert_tensor_parallel_size = tensor_ranks
         config.parallel.sequence_parallel = tensor_ranks > 1
     return config.resolve(world_size=world_size)
-
-
-def shapes(config: Config) -> Iterator[tuple[str, tuple[int, ...], int]]:
-    """Yield name, global shape and partition dimension of a model's parameters, as Megatron-Core has them."""
-    model, experts, size = config.model, config.moe.num_experts, config.moe.moe_ffn_hidden_size
-    width, heads = model.hidden_size, model.num_attention_heads * model.kv_channels
-    yield "embedding.word_embeddings.weight", (model.vocab_size, width), 0
-    for layer in (f"decoder.layers.{number}" for number in range(model.num_layers)):
-        yield f"{layer}.input_layernorm.weight", (width,), REPLICATED
-        groups = 2 * model.num_query_groups * model.kv_channels
-        yield f"{layer}.self_attention.linear_qkv.weight", (heads + groups, width), 0
-        yield f"{layer}.self_attention.linear_proj.weight", (width, heads), 1
-        yield f"{layer}.pre_mlp_layernorm.weight", (width,), REPLICATED
-        if experts:
-            yield f"{layer}.mlp.router.weight", (experts, width), REPLICATED
-            for expert in (f"{layer}.mlp.experts.local_experts.{number}" for number in range(experts)):
-                yield f"{expert}.linear_fc1.weight", (2 * size, width), 0
-                yield f"{expert}.linear_fc2.weight", (width, size), 1
-        else:
-            yield f"{layer}.mlp.linear_fc1.weight", (2 * model.ffn_hidden_size, width), 0
-            yield f"{layer}.mlp.linear_fc2.weight", (width, model.ffn_hidden_size), 1
-    yield "decoder.final_layernorm.weight", (width,), REPLICATED
-    yield "output_layer.weight", (model.vocab_size, width), 0

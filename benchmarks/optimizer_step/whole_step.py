@@ -6,6 +6,7 @@ the same steps on stand-ins for slices of the paper's models, and must end at th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
@@ -14,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from benchmarks.optimizer_step.measuring import WARM_UPS, Traffic, counted, in_turns, largest, run_ranks, seconds
-from benchmarks.optimizer_step.slices import SLICES, config_of, shapes
+from benchmarks.optimizer_step.slices import SLICES, config_of
 from megatron_hyperp import device
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.tensor_parallel import AUTO, MACHINES
+from megatron_hyperp.planning.inventory import shapes
 from megatron_hyperp.training.loop import initialize_megatron
 
 if TYPE_CHECKING:
@@ -76,7 +78,7 @@ def compare(name: str, tensor_ranks: int, repeats: int) -> None:
         predicted, *counts = counted_step(method, gradients)
         figures[label] = [spent, newton_schulz, predicted, exchange, *counts]
     if dist.get_rank() == 0:
-        size = sum(torch.Size(shape).numel() for _, shape, _ in shapes(config))
+        size = sum(math.prod(item.shape) for item in shapes(config))
         title = f"{name}: {size / 1e6:.1f}M parameters, TP{tensor_ranks} x DP{dist.get_world_size() // tensor_ranks};"
         title += (
             f" after {WARM_UPS + repeats} steps the weights agree within {worst:.0e}; in parentheses: relative to auto"

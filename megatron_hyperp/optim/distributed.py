@@ -14,12 +14,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTensor
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_hyperp import device
-from megatron_hyperp.config import Config, width_multiplier
+from megatron_hyperp.config import Config
 from megatron_hyperp.optim import sphere
 from megatron_hyperp.optim.adamh import adam_direction_
 from megatron_hyperp.optim.buckets import Share
@@ -29,8 +28,8 @@ from megatron_hyperp.optim.domains import Domain, domains_of
 from megatron_hyperp.optim.families import Family, families_of
 from megatron_hyperp.optim.muonh import momentum_
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
-from megatron_hyperp.optim.routing import SPHERE_RULES, Heads, describe, route
-from megatron_hyperp.optim.tensor_parallel import Job, machine_of, orthogonalize_family
+from megatron_hyperp.optim.routing import SPHERE_RULES, describe, routes_of
+from megatron_hyperp.optim.tensor_parallel import Job, machine, orthogonalize_family
 from megatron_hyperp.optim.tensor_parallel import describe as describe_strategies
 from megatron_hyperp.parameters import DISTINCT, named_parameters
 
@@ -245,8 +244,7 @@ class HyperPOptimizer(MegatronOptimizer):
             if family.routes[0].orthogonalized and family.share_dim != DISTINCT and family.share_group.size() > 1
         ]
         if jobs:
-            machine = machine_of(self.families[0].master)
-            table = describe_strategies(jobs, self.newton_schulz, machine, self.config.ns_strategy)
+            table = describe_strategies(jobs, self.newton_schulz, machine(), self.config.ns_strategy)
             lines.append(f"Newton-Schulz of what this rank shares with others, predicted:\n{table}")
         return "\n".join(lines)
 
@@ -361,28 +359,9 @@ def get_hyperp_optimizer(
     Raises:
         ValueError: a parameter matches no rule, or two.
     """
-    options, model = config.optimizer, config.model
-    routes = route(
-        [pair for chunk in model_chunks for pair in named_parameters(chunk)],
-        optimizer=options.optimizer,
-        tensor_parallel_size=parallel_state.get_tensor_model_parallel_world_size(),
-        expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
-        radius_scale=options.radius_scale,
-        output_init_std=model.output_init_std,
-        matrix_lr_mult=width_multiplier(config),
-        embedding_lr_mult=options.embedding_lr_mult,
-        adam_lr_mult=options.adam_lr_mult,
-        matrix_split=options.matrix_split,
-        heads=Heads(model.kv_channels, model.num_attention_heads // model.num_query_groups),
-    )
-    newton_schulz = NewtonSchulz(
-        steps=options.ns_steps,
-        coefficients=options.ns_coefficients,
-        dtype=device.newton_schulz_dtype(options.ns_dtype, gram=options.asks_for_gram),
-        form=options.ns_form,
-        backend=options.ns_backend,
-    )
-    domains = domains_of(routes, newton_schulz, options.ns_strategy)
+    routes = routes_of(config, [pair for chunk in model_chunks for pair in named_parameters(chunk)])
+    newton_schulz = NewtonSchulz.of(config.optimizer)
+    domains = domains_of(routes, newton_schulz, config.optimizer.ns_strategy)
     _lay_out(model_chunks, domains, config)
     optimizer = HyperPOptimizer(domains, config, exchange=model_chunks[0].exchange, newton_schulz=newton_schulz)
     if log is not None:

@@ -12,7 +12,7 @@ from megatron_hyperp import device
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from megatron_hyperp.optim.ownership import Piece, Plan, plan_ownership
 from megatron_hyperp.optim.routing import SPHERE_RULES, Route
-from megatron_hyperp.optim.tensor_parallel import machine_of
+from megatron_hyperp.optim.tensor_parallel import machine
 from megatron_hyperp.parameters import is_expert
 
 
@@ -69,7 +69,7 @@ def _domain(
         routes,
         data.size(),
         newton_schulz,
-        machine_of(routes[0].parameter),
+        machine(),
         tensor_parallel_size=tensor.size(),
         strategy=strategy,
         loads=loads,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
@@ -92,11 +92,18 @@ class _Pricing:
     strategy: str
     alike: Counter[tuple[int, ...]]
     ranks: int
+    known: dict[tuple[tuple[int, ...], int, int], float] = field(default_factory=dict)
 
     def of(self, entry: Route, team: int = 1) -> float:
         """Seconds that one matrix costs each rank of a team, as one of the equal ones that the team has."""
         if not entry.orthogonalized:
             return 0.0
+        key = (entry.shape, entry.partition_dim, team)
+        if key not in self.known:
+            self.known[key] = self._price(entry, team)
+        return self.known[key]
+
+    def _price(self, entry: Route, team: int) -> float:
         count = -(-self.alike[entry.shape] * team // self.ranks)
         tensor_ranks = 1 if entry.partition_dim == DISTINCT else self.tensor_parallel_size
         dim = entry.partition_dim if team == 1 else _team_dim(entry, self.tensor_parallel_size)

@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from megatron_hyperp.config import Config, width_multiplier
 from megatron_hyperp.optim.sphere import sphere_radius
 from megatron_hyperp.parameters import DISTINCT, REPLICATED, Block, global_shape, is_expert, partition_dim, role_of
 
@@ -128,6 +129,24 @@ def route(
             decays = role in ("hidden", "output")
             routes.append(Route(name + part, parameter, block, role, rule, shape, dim, radius, lr_mults[role], decays))
     return routes
+
+
+def routes_of(config: Config, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[Route]:
+    """Give every parameter its rule by a resolved config; see :func:`route`."""
+    options, model, parallel = config.optimizer, config.model, config.parallel
+    return route(
+        named_parameters,
+        optimizer=options.optimizer,
+        tensor_parallel_size=parallel.tensor_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        radius_scale=options.radius_scale,
+        output_init_std=model.output_init_std,
+        matrix_lr_mult=width_multiplier(config),
+        embedding_lr_mult=options.embedding_lr_mult,
+        adam_lr_mult=options.adam_lr_mult,
+        matrix_split=options.matrix_split,
+        heads=Heads(model.kv_channels, model.num_attention_heads // model.num_query_groups),
+    )
 
 
 def _parts(name: str, parameter: torch.Tensor, split: str, heads: Heads | None) -> Iterator[tuple[str, Block, int]]:

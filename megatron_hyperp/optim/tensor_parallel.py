@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.functional import pad
 
+from megatron_hyperp import device
 from megatron_hyperp.optim.orthogonalize import SMALLEST_NORM, NewtonSchulz, gram_polynomial, symmetric_product
 from megatron_hyperp.parameters import REPLICATED
 
@@ -85,7 +86,7 @@ def orthogonalize_family(
     if strategy == AUTO:
         shape = [size * ranks if dim == partition_dim else size for dim, size in enumerate(family.shape[1:])]
         job = Job(len(family), shape[0], shape[1], partition_dim, ranks)
-        strategy = choose(job, newton_schulz, machine_of(family))
+        strategy = choose(job, newton_schulz, machine())
     if strategy == "gram" and newton_schulz.dtype == torch.bfloat16:
         raise ValueError("the gram strategy loses accuracy in bf16; use fp16 or fp32, or another strategy")
     if partition_dim == REPLICATED:
@@ -224,9 +225,9 @@ MACHINES = {
 }
 
 
-def machine_of(tensor: torch.Tensor) -> Machine:
-    """Return the rates for the kind of device that a tensor is on."""
-    return MACHINES[tensor.device.type]
+def machine() -> Machine:
+    """Return the rates of the kind of device that costs are counted for."""
+    return MACHINES[device.target()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,13 +258,13 @@ class Cost:
     copied: float
     collectives: int
 
-    def seconds(self, machine: Machine) -> float:
+    def seconds(self, rates: Machine) -> float:
         """Predicted time, nothing overlapped."""
         return (
-            self.flops / machine.flops
-            + self.sent / machine.bytes_per_s
-            + self.copied / machine.copy_bytes_per_s
-            + self.collectives * machine.latency
+            self.flops / rates.flops
+            + self.sent / rates.bytes_per_s
+            + self.copied / rates.copy_bytes_per_s
+            + self.collectives * rates.latency
         )
 
 
@@ -301,26 +302,26 @@ def costs(job: Job, newton_schulz: NewtonSchulz, *, itemsize: int = 4) -> dict[s
     return result
 
 
-def choose(job: Job, newton_schulz: NewtonSchulz, machine: Machine) -> str:
+def choose(job: Job, newton_schulz: NewtonSchulz, rates: Machine) -> str:
     """Return the strategy that the cost model predicts to be fastest."""
     predicted = costs(job, newton_schulz)
-    return min(predicted, key=lambda strategy: predicted[strategy].seconds(machine))
+    return min(predicted, key=lambda strategy: predicted[strategy].seconds(rates))
 
 
-def predicted_seconds(job: Job, newton_schulz: NewtonSchulz, machine: Machine, strategy: str = AUTO) -> float:
+def predicted_seconds(job: Job, newton_schulz: NewtonSchulz, rates: Machine, strategy: str = AUTO) -> float:
     """Return the predicted time of a job under a strategy, or under the fastest if that one cannot serve it."""
     predicted = costs(job, newton_schulz)
-    return predicted.get(strategy, predicted[choose(job, newton_schulz, machine)]).seconds(machine)
+    return predicted.get(strategy, predicted[choose(job, newton_schulz, rates)]).seconds(rates)
 
 
-def describe(jobs: Sequence[Job], newton_schulz: NewtonSchulz, machine: Machine, strategy: str) -> str:
+def describe(jobs: Sequence[Job], newton_schulz: NewtonSchulz, rates: Machine, strategy: str) -> str:
     """Return a table: for each family the strategy taken, and the predicted milliseconds of each."""
     rows = [("matrices", "split", "form", "strategy", *(f"{name} ms" for name in STRATEGIES))]
     for job in jobs:
         predicted = costs(job, newton_schulz)
-        taken = choose(job, newton_schulz, machine) if strategy == AUTO else strategy
+        taken = choose(job, newton_schulz, rates) if strategy == AUTO else strategy
         split = {REPLICATED: "-", 0: "rows", 1: "columns"}[job.partition_dim]
-        times = [f"{1e3 * predicted[name].seconds(machine):.2f}" if name in predicted else "-" for name in STRATEGIES]
+        times = [f"{1e3 * predicted[name].seconds(rates):.2f}" if name in predicted else "-" for name in STRATEGIES]
         form = newton_schulz.form_of(job.rows, job.columns)
         rows.append((f"{job.count} of {job.rows} x {job.columns}", split, form, taken, *times))
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]

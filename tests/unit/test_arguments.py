@@ -100,6 +100,21 @@ def test_a_flag_beats_the_file(tmp_path: Path) -> None:
     assert parse(["--config", str(path)], description="") == load_yaml(path)
 
 
+@pytest.mark.parametrize("between", [[], ["--config"]])
+def test_a_later_file_beats_an_earlier_one_and_a_flag_all(between: list[str], tmp_path: Path) -> None:
+    (tmp_path / "model.yaml").write_text("training: {train_iters: 5, seed: 6}\ntransfer: {base_depth: 2, eta0: 0.5}")
+    (tmp_path / "base.yaml").write_text("transfer: {eta0: 0.25}\ntraining: {seed: 7}")
+    files = [str(tmp_path / "model.yaml"), *between, str(tmp_path / "base.yaml")]
+    config = parse(["--config", *files, "--seed", "8"], description="")
+    assert (config.training.train_iters, config.training.seed) == (5, 8)
+    assert (config.transfer.base_depth, config.transfer.eta0) == (2, 0.25)
+
+
+def test_a_later_file_may_repeat_all_that_an_earlier_one_fixes(tmp_path: Path) -> None:
+    path = write(tmp_path, to_yaml(parse(["--depth", "2", "--vocab-size", "64"], description="").resolve()))
+    assert load_yaml(path, path) == load_yaml(path)
+
+
 # YAML
 
 
@@ -185,6 +200,8 @@ YAML_REFUSALS: list[tuple[str | bytes, str]] = [
 
 SIZED = Path(tempfile.mkdtemp()) / "sized.yaml"
 SIZED.write_text("model: {num_layers: 4, kv_channels: 16}")
+DEEP = Path(tempfile.mkdtemp()) / "deep.yaml"
+DEEP.write_text("model: {depth: 8}")
 MIXED = Path(tempfile.mkdtemp()) / "mixed.yaml"
 MIXED.write_text("moe: {num_experts: 8, moe_router_topk: 2}")
 
@@ -217,6 +234,10 @@ FLAG_REFUSALS = [
     ),
     (f"--config {MIXED} --moe-shared-expert", r"--moe-shared-expert changes nothing in .*, which sets num_experts"),
     (f"--config {MIXED} --no-moe-shared-expert", r"--no-moe-shared-expert changes nothing in .*num_experts"),
+    (
+        f"--config {SIZED} {DEEP}",
+        r"deep\.yaml: depth 8 changes nothing in .*sized\.yaml, which sets num_layers, kv_channels; take those out",
+    ),
     ("--config .", r"config \. cannot be read: Is a directory; check the path"),
 ]
 

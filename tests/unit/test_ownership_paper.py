@@ -23,9 +23,10 @@ NEWTON_SCHULZ, MACHINE = NewtonSchulz(dtype=torch.float16), MACHINES["cuda"]
 
 
 @pytest.fixture(autouse=True)
-def _count_products_as_under_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+def _plan_for_cuda() -> Iterator[None]:
     """A CPU mirrors half of every symmetric product."""
-    monkeypatch.setattr(device, "symmetric_blocks", lambda size: 1)
+    with device.planning_for("cuda"):
+        yield
 
 
 def matrix(name: str, rows: int, columns: int, dim: int, tensor_parallel_size: int) -> Route:

@@ -1,0 +1,169 @@
+"""Bytes that a rank needs: weights, gradients, optimizer state, activations.
+
+Weights, gradients and state follow the plan of ownership that the optimizer itself makes. Activations are what
+Megatron-Core's local layers keep for the backward pass (``tests/unit/test_memory.py`` compares both with real models).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+
+from megatron_hyperp.config import Config
+from megatron_hyperp.optim.buckets import ALIGNMENT
+from megatron_hyperp.optim.orthogonalize import NewtonSchulz
+from megatron_hyperp.optim.ownership import Plan, plan_ownership
+from megatron_hyperp.optim.routing import MUON_RULES, Route, routes_of
+from megatron_hyperp.optim.tensor_parallel import machine
+from megatron_hyperp.parameters import is_expert
+from megatron_hyperp.planning.activations import activation_bytes
+from megatron_hyperp.planning.inventory import stage_parameters
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on the fullest rank of a pipeline stage.
+
+    Attributes:
+        weights: in the precision of training.
+        gradients: fp32, summed over micro-batches.
+        master: fp32 weights of what the rank owns.
+        momentum: of Muon, and both moments of Adam, of what it owns.
+        activations: kept for the backward pass, of all micro-batches in flight.
+        step: what the optimizer's step needs besides: gradients and directions of what the rank owns. Activations are
+            gone by then.
+    """
+
+    weights: int
+    gradients: int
+    master: int
+    momentum: int
+    activations: int
+    step: int
+
+    @property
+    def states(self) -> int:
+        """Weights, gradients and optimizer state: what stays from step to step."""
+        return self.weights + self.gradients + self.master + self.momentum
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.states + max(self.activations, self.step)
+
+    def to_dict(self) -> dict[str, int]:
+        """Return the parts and the total by name."""
+        return {**asdict(self), "total": self.total}
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Parameters that the same ranks replicate, as one rank of a stage holds them, and who owns what of them.
+
+    Attributes:
+        routes: their rules.
+        plan: of ownership.
+        data: ranks that replicate them.
+        tensor: ranks that share each matrix.
+        expert: whether they are those of experts.
+    """
+
+    routes: list[Route]
+    plan: Plan
+    data: int
+    tensor: int
+    expert: bool
+
+    @property
+    def elements(self) -> int:
+        """Elements of the parameters on the rank."""
+        return sum(parameter.numel() for parameter in self._parameters())
+
+    def _parameters(self) -> Iterable[torch.nn.Parameter]:
+        return {id(entry.parameter): entry.parameter for entry in self.routes}.values()
+
+    def buffered(self) -> int:
+        """Elements of a buffer of gradients or weights: equal slots, and beside them what several ranks share."""
+        owners: dict[int, set[int]] = {}
+        fill = [0] * self.data
+        for piece in self.plan.pieces:
+            owners.setdefault(id(self.routes[piece.route].parameter), set()).add(piece.rank)
+            fill[piece.rank] += piece.block.numel
+        beside = sum(_aligned(item.numel()) for item in self._parameters() if len(owners[id(item)]) > 1)
+        return self.data * _aligned(max(fill)) + beside
+
+    def owned(self) -> tuple[int, int]:
+        """Elements that the fullest rank owns, and how many of those are a Muon matrix's."""
+        total, muon = [0] * self.data, [0] * self.data
+        for piece in self.plan.pieces:
+            total[piece.rank] += piece.block.numel
+            if self.routes[piece.route].rule in MUON_RULES:
+                muon[piece.rank] += piece.block.numel
+        fullest = max(range(self.data), key=lambda rank: (2 * total[rank] - muon[rank], rank))
+        return total[fullest], muon[fullest]
+
+
+def holdings(config: Config, world_size: int, stage: int) -> list[Holding]:
+    """Return what a rank of a pipeline stage holds: all but the experts, then the experts if there are any.
+
+    Args:
+        config: resolved for ``world_size``.
+        world_size: ranks of the job.
+        stage: pipeline stage.
+    """
+    parallel = config.parallel
+    routes = routes_of(config, stage_parameters(config, stage))
+    stages = parallel.pipeline_model_parallel_size
+    tensor, expert_tensor = parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size
+    data = world_size // stages // tensor
+    result = [_holding(config, [entry for entry in routes if not is_expert(entry.parameter)], data, tensor, 0.0)]
+    experts = [entry for entry in routes if is_expert(entry.parameter)]
+    if experts:
+        expert_data = world_size // stages // expert_tensor // parallel.expert_model_parallel_size
+        loads = result[0].plan.loads
+        result.append(_holding(config, experts, expert_data, expert_tensor, sum(loads) / len(loads)))
+    return result
+
+
+def _holding(config: Config, routes: list[Route], data: int, tensor: int, load: float) -> Holding:
+    plan = plan_ownership(
+        routes,
+        data,
+        NewtonSchulz.of(config.optimizer),
+        machine(),
+        tensor_parallel_size=tensor,
+        strategy=config.optimizer.ns_strategy,
+        loads=[load] * data,
+        teams=not is_expert(routes[0].parameter),
+    )
+    return Holding(routes, plan, data, tensor, is_expert(routes[0].parameter))
+
+
+def stage_memory(config: Config, stage: int, held: Sequence[Holding]) -> Memory:
+    """Return the bytes on the fullest rank of one stage; ``held`` is of :func:`holdings`."""
+    weight, momentum = (2 if config.training.bf16 else 4), (2 if config.optimizer.momentum_dtype == "bf16" else 4)
+    buffered = owned = moments = 0
+    for holding in held:
+        total, muon = holding.owned()
+        buffered += holding.buffered()
+        owned += total
+        moments += momentum * muon + 8 * (total - muon)
+    return Memory(
+        weights=weight * buffered,
+        gradients=4 * buffered,
+        master=4 * owned,
+        momentum=moments,
+        activations=activation_bytes(config, stage, micro_batches(config, held[0].data)),
+        step=8 * owned,
+    )
+
+
+def micro_batches(config: Config, data_parallel_size: int) -> int:
+    """Micro-batches that each rank sees in a step."""
+    return config.training.global_batch_size // config.training.micro_batch_size // data_parallel_size
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // ALIGNMENT) * ALIGNMENT

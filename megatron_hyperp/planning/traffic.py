@@ -1,0 +1,126 @@
+"""What one rank sends in a step, by process group, and what Newton-Schulz costs it.
+
+Ring collectives: an all-gather or reduce-scatter of V bytes over p ranks sends V (p-1)/p from each, an all-reduce twice
+that. Tensor parallelism follows Korthikanti et al. (arXiv 2205.05198).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_hyperp.config import Config
+from megatron_hyperp.optim.orthogonalize import NewtonSchulz
+from megatron_hyperp.optim.tensor_parallel import AUTO, Job, choose, costs, machine
+from megatron_hyperp.parameters import DISTINCT
+from megatron_hyperp.planning.memory import Holding, micro_batches
+
+GRADIENT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes that a rank sends to other ranks of a group in one step.
+
+    Attributes:
+        tensor: activations between the ranks that share a layer.
+        expert: tokens on their way to experts and back.
+        pipeline: activations and their gradients between stages.
+        data: gradients to their owners and weights back.
+        newton_schulz: matrices or Gram matrices between the ranks that share them.
+    """
+
+    tensor: float
+    expert: float
+    pipeline: float
+    data: float
+    newton_schulz: float
+
+
+@dataclass(frozen=True, slots=True)
+class NewtonSchulzCost:
+    """What orthogonalization needs on the busiest rank of a step.
+
+    Attributes:
+        flops: on one rank.
+        seconds: predicted by the cost model, communication included.
+        share: FLOPs over those of the rank's share of forward and backward pass.
+    """
+
+    flops: float
+    seconds: float
+    share: float
+
+
+def _others(ranks: int) -> float:
+    return (ranks - 1) / ranks
+
+
+def traffic(config: Config, world_size: int, held: Sequence[Holding]) -> Traffic:
+    """Return what a rank of a middle pipeline stage sends in a step.
+
+    Args:
+        config: resolved for ``world_size``.
+        world_size: ranks of the job.
+        held: what the rank holds.
+    """
+    model, moe, parallel, training = config.model, config.moe, config.parallel, config.training
+    tp, pp, ep = (
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.expert_model_parallel_size,
+    )
+    itemsize = 2 if training.bf16 else 4
+    count, layers = micro_batches(config, held[0].data), model.num_layers // pp
+    tokens = training.micro_batch_size * model.seq_length
+    hidden = float(tokens * model.hidden_size * itemsize)
+    # An all-reduce, or a reduce-scatter and an all-gather, around attention and around the MLP, forward and backward;
+    # with sequence parallelism inputs are gathered once more for the gradients of weights.
+    gathers = (10 if parallel.sequence_parallel else 8) // (2 if moe.num_experts else 1)
+    recomputed = 1.5 if training.recompute_granularity == "full" else 1.0
+    tensor = gathers * hidden * _others(tp) * layers * recomputed
+    if moe.moe_shared_expert_intermediate_size:
+        tensor *= 2
+    expert = 0.0
+    if moe.num_experts:
+        # There and back, forward and backward; tensor-parallel ranks dispatch a part of the tokens each.
+        expert = 4 * moe.moe_router_topk * hidden / tp * _others(ep) * layers * recomputed
+    virtual = parallel.num_virtual_stages_per_pipeline_rank
+    pipeline = 2 * virtual * hidden / (tp if parallel.sequence_parallel else 1) if pp > 1 else 0.0
+    data = sum(item.buffered() * (GRADIENT_BYTES + itemsize) * _others(item.data) for item in held)
+    sent = sum(costs(job, NewtonSchulz.of(config.optimizer))[taken].sent for job, taken in _jobs(config, held))
+    return Traffic(count * tensor, count * expert, count * pipeline, data, sent)
+
+
+def newton_schulz_cost(
+    config: Config, world_size: int, held: Sequence[Holding], flops_per_step: float
+) -> NewtonSchulzCost:
+    """Return what orthogonalization needs on the busiest rank; ``flops_per_step`` are the model's, over all ranks."""
+    newton_schulz = NewtonSchulz.of(config.optimizer)
+    flops = sum(costs(job, newton_schulz)[taken].flops for job, taken in _jobs(config, held))
+    # Experts are dealt out on top of the other matrices' work.
+    seconds = max(held[-1].plan.loads)
+    return NewtonSchulzCost(flops, seconds, flops * world_size / flops_per_step)
+
+
+def _jobs(config: Config, held: Sequence[Holding]) -> list[tuple[Job, str]]:
+    """Return the families of the rank that owns most, and the strategy for each."""
+    newton_schulz, rates = NewtonSchulz.of(config.optimizer), machine()
+    result = []
+    for item in held:
+        busiest = max(range(item.data), key=lambda rank: (item.plan.loads[rank], -rank))
+        families: Counter[tuple[tuple[int, ...], int, int]] = Counter()
+        for piece in item.plan.pieces:
+            entry = item.routes[piece.route]
+            if piece.rank == busiest and entry.orthogonalized:
+                team = item.plan.team if piece.team_dim is not None else 1
+                dim = piece.team_dim if piece.team_dim is not None else entry.partition_dim
+                families[entry.shape, dim, team] += 1
+        for (shape, dim, team), count in families.items():
+            ranks = 1 if dim == DISTINCT else item.tensor * team
+            job = Job(count, shape[0], shape[1], dim, ranks)
+            known = costs(job, newton_schulz)
+            wish = config.optimizer.ns_strategy
+            result.append((job, wish if wish != AUTO and wish in known else choose(job, newton_schulz, rates)))
+    return result
