@@ -235,6 +235,18 @@ class LoggingConfig:
 
     run_dir: str = knob("runs/default", "folder of config.yaml and metrics.jsonl")
     log_interval: int = knob(10, "iterations between log lines", POSITIVE)
+    stability_interval: int = knob(
+        10, "iterations between stability indicators (Z, RMS, outliers, angles, ...); 0: none"
+    )
+    alarm: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": '"METRIC > NUMBER [* smoothed] [: warn|save|stop]" ..., such as "loss > 1.5 * smoothed: save"'
+        },
+    )
+    quiet: bool = knob(False, "print warnings and the summary alone")
+    profile: str | None = knob(None, "FIRST:LAST iterations to trace with PyTorch's profiler")
+    profile_ranks: list[str] = field(default_factory=lambda: ["0"], metadata={"help": "RANK ... to trace [0]"})
     peak_tflops: float | None = knob(
         None, "peak dense TFLOP/s of one rank's device, for MFU [known GPUs: looked up]", POSITIVE
     )

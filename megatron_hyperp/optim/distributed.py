@@ -27,8 +27,9 @@ from megatron_hyperp.optim.data_parallel import DataParallel, Exchange
 from megatron_hyperp.optim.domains import Domain, domains_of
 from megatron_hyperp.optim.families import Family, families_of
 from megatron_hyperp.optim.muonh import momentum_
+from megatron_hyperp.optim.observing import StepObserver, turned
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
-from megatron_hyperp.optim.routing import SPHERE_RULES, describe, routes_of
+from megatron_hyperp.optim.routing import MATRIX_ROLES, SPHERE_RULES, describe, routes_of
 from megatron_hyperp.optim.tensor_parallel import Job, machine, orthogonalize_family
 from megatron_hyperp.optim.tensor_parallel import describe as describe_strategies
 from megatron_hyperp.parameters import DISTINCT, named_parameters
@@ -59,7 +60,12 @@ class HyperPOptimizer(MegatronOptimizer):
         self.config = config.optimizer
         self.domains = list(domains)
         # Counted once: a domain looks through the plan of all ranks.
-        self._places = [len(domain.places()) for domain in self.domains]
+        self._places = {
+            on_sphere: [len(domain.places(on_sphere=on_sphere)) for domain in self.domains]
+            for on_sphere in (True, False)
+        }
+        # Set for a step that is to be looked at.
+        self.observer: StepObserver | None = None
         self.exchange = exchange
         self.newton_schulz = newton_schulz
         self.is_stub_optimizer = False
@@ -97,6 +103,13 @@ class HyperPOptimizer(MegatronOptimizer):
     def _on_sphere(self) -> list[Family]:
         return [family for family in self.families if family.rule in SPHERE_RULES]
 
+    def _matrices_off_sphere(self) -> list[Family]:
+        return [
+            family
+            for family in self.families
+            if family.rule not in SPHERE_RULES and family.routes[0].role in MATRIX_ROLES
+        ]
+
     def _squared_norms(self) -> list[torch.Tensor]:
         """Return ||W||^2 of the global matrices of every family on the sphere."""
         squares = [
@@ -105,23 +118,28 @@ class HyperPOptimizer(MegatronOptimizer):
         ]
         return [value[:, 0] for value in self._sum_over_parts(squares, width=1)]
 
-    def _sum_over_parts(self, values: list[torch.Tensor], *, width: int) -> list[torch.Tensor]:
+    def _sum_over_parts(self, values: list[torch.Tensor], *, width: int, on_sphere: bool = True) -> list[torch.Tensor]:
         """Sum [count, width] values of the families on the sphere over the ranks that hold parts of their matrices.
+
+        Or those of the matrices off it.
 
         All matrices of the model part take one all-reduce. Each has a place in it, so that sums do not depend on how
         many ranks add nothing.
         """
-        families = self._on_sphere()
+        families = self._on_sphere() if on_sphere else self._matrices_off_sphere()
         result = list(values)
-        for domain, places in zip(self.domains, self._places, strict=True):
-            if not places or domain.both.size() == 1:
+        for domain, places in zip(self.domains, self._places[on_sphere], strict=True):
+            # On the sphere, no expert is cut over data-parallel ranks; off it, all are.
+            groups = [domain.both] if on_sphere else [domain.tensor, domain.data]
+            if not places or all(group.size() == 1 for group in groups):
                 continue
             summed = torch.zeros((places, width), dtype=torch.float64, device=device.device())
             partial = [index for index, family in enumerate(families) if family.domain is domain and len(family.places)]
             for index in partial:
                 if families[index].counts:
                     summed[families[index].places] = values[index]
-            dist.all_reduce(summed, group=domain.both)
+            for group in groups:
+                dist.all_reduce(summed, group=group)
             for index in partial:
                 result[index] = summed[families[index].places]
         return result
@@ -136,6 +154,9 @@ class HyperPOptimizer(MegatronOptimizer):
         """
         gradients = [family.gradients() for family in self.families]
         norm = self._global_norm(gradients)
+        if self.observer is not None:
+            for family, gradient in zip(self.families, gradients, strict=True):
+                self.observer.gradients(family, gradient, _weight_in_norms(family))
         if not math.isfinite(norm):
             self.steps_skipped += 1
             return False, norm, None
@@ -152,13 +173,35 @@ class HyperPOptimizer(MegatronOptimizer):
         products = self._sum_over_parts([sphere.inner_products(f.master, d) for f, d in on_sphere], width=3)
         for (family, direction), product in zip(on_sphere, products, strict=True):
             lr, decay = family.group["lr"], family.group["weight_decay"]
+            if self.observer is not None:
+                move = lr * family.radii / product[:, 2].sqrt().clamp_min(sphere.SMALLEST_NORM)
+                self.observer.angles(family, turned(product, shrink=1.0 - lr * decay, move=move))
             sphere.step_(family.master, direction, product, radii=family.radii, lr=lr, weight_decay=decay)
+        if self.observer is not None:
+            self._observe_off_sphere(self.observer, directions)
         for family, direction in zip(self.families, directions, strict=True):
             if family.rule not in SPHERE_RULES:
                 lr, decay = family.group["lr"], family.group["weight_decay"]
                 family.master.mul_(1.0 - lr * decay).add_(direction, alpha=-lr * _flat_scale(family))
+        if self.observer is not None:
+            for family, squares in zip(self._on_sphere(), self._squared_norms(), strict=True):
+                self.observer.drifts(family, sphere.relative_drift(family.master, family.radii, squares))
         self._update_model()
         return True, norm, None
+
+    def _observe_off_sphere(self, observer: StepObserver, directions: Sequence[torch.Tensor]) -> None:
+        """Note the angles that matrices off the sphere are about to turn."""
+        families = self._matrices_off_sphere()
+        moves = [
+            direction
+            for family, direction in zip(self.families, directions, strict=True)
+            if any(family is other for other in families)
+        ]
+        local = [sphere.inner_products(family.master, move) for family, move in zip(families, moves, strict=True)]
+        products = self._sum_over_parts(local, width=3, on_sphere=False)
+        for family, product in zip(families, products, strict=True):
+            lr, decay = family.group["lr"], family.group["weight_decay"]
+            observer.angles(family, turned(product, shrink=1.0 - lr * decay, move=lr * _flat_scale(family)))
 
     def _direction(self, family: Family, gradients: torch.Tensor) -> torch.Tensor:
         """Update the family's state and return the directions along whose negative it moves."""
@@ -192,10 +235,8 @@ class HyperPOptimizer(MegatronOptimizer):
         """Return the norm over all gradients of the model, each counted once."""
         total = torch.zeros((), dtype=torch.float64, device=device.device())
         for family, gradient in zip(self.families, gradients, strict=True):
-            copy_of_embedding = getattr(family.routes[0].parameter, "shared", False)
             # A replica adds nothing, but what is not finite in it stays so (0 x inf is NaN) and skips the step too.
-            share = 1.0 if family.counts and not copy_of_embedding else 0.0
-            total += share * (gradient * gradient).sum(dtype=torch.float64)
+            total += _weight_in_norms(family) * (gradient * gradient).sum(dtype=torch.float64)
         dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
         squared = total.item()
         return math.sqrt(squared) if math.isfinite(squared) else squared
@@ -312,6 +353,12 @@ class HyperPOptimizer(MegatronOptimizer):
             for family in self.families
         ]
         return {**self.state_dict(), "state": state}
+
+
+def _weight_in_norms(family: Family) -> float:
+    """1, or 0 for a copy that another rank counts."""
+    copy_of_embedding = getattr(family.routes[0].parameter, "shared", False)
+    return 1.0 if family.counts and not copy_of_embedding else 0.0
 
 
 def _flat_scale(family: Family) -> float:

@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 from megatron_hyperp import device
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from megatron_hyperp.optim.ownership import Piece, Plan, plan_ownership
-from megatron_hyperp.optim.routing import SPHERE_RULES, Route
+from megatron_hyperp.optim.routing import MATRIX_ROLES, SPHERE_RULES, Route
 from megatron_hyperp.optim.tensor_parallel import machine
 from megatron_hyperp.parameters import is_expert
 
@@ -41,15 +41,16 @@ class Domain:
         """What this rank owns."""
         return [piece for piece in self.plan.pieces if piece.rank == self.data.rank()]
 
-    def places(self) -> dict[int, int]:
-        """Number the sphere matrices, by route, of which a rank holds only a part."""
+    def places(self, *, on_sphere: bool) -> dict[int, int]:
+        """Number the matrices, by route, on the sphere or off it, of which a rank holds only a part."""
         pieces = [0] * len(self.routes)
         for piece in self.plan.pieces:
             pieces[piece.route] += 1
         partial = [
             index
             for index, entry in enumerate(self.routes)
-            if entry.rule in SPHERE_RULES
+            if entry.role in MATRIX_ROLES
+            and (entry.rule in SPHERE_RULES) == on_sphere
             and (pieces[index] > 1 or (entry.partition_dim in (0, 1) and self.tensor.size() > 1))
         ]
         return {index: place for place, index in enumerate(partial)}

@@ -59,7 +59,8 @@ class Family:
         master: fp32 weights [count, rows, columns].
         state: optimizer state by name, each of the master's shape.
         radii: [count] float64; empty off the sphere.
-        places: [count], in the domain's sum of norms; empty where this rank holds whole matrices.
+        places: [count], in the domain's sums over matrices on the sphere, or over those off it; empty where this rank
+            holds whole matrices.
         runs: where the pieces are in the model; each is in one run.
         group: the ``param_groups`` entry with its learning rate and weight decay.
     """
@@ -125,7 +126,7 @@ def families_of(domain: Domain, momentum_dtype: torch.dtype) -> list[Family]:
         fate = (entry.rule, entry.role, entry.lr_mult, entry.decays, shared)
         shape = (entry.shape, entry.partition_dim, piece.block.shape, piece.team_dim)
         families.setdefault((fate, shape), []).append(piece)
-    places = domain.places()
+    places = domain.places(on_sphere=True) | domain.places(on_sphere=False)
     return [_family(domain, pieces, places, momentum_dtype) for pieces in families.values()]
 
 

@@ -22,6 +22,8 @@ RULES: dict[str, dict[str, Rule]] = {
     "muon": {"hidden": "muon", "output": "adamw", "embedding": "adamw", "vector": "adamw"},
     "adamw": {"hidden": "adamw", "output": "adamw", "embedding": "adamw", "vector": "adamw"},
 }
+# Roles whose updates are steps of whole matrices; an embedding is a table of vectors.
+MATRIX_ROLES = ("hidden", "output")
 SPHERE_RULES = ("muonh", "adamh")
 # Rules that orthogonalize, so that they need whole matrices.
 MUON_RULES = ("muonh", "muon")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import queue
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from megatron_hyperp.config import Config
 
 METRICS_FILE = "metrics.jsonl"
+EVENTS_FILE = "events.jsonl"
+# Rows that a slow sink may leave waiting, and seconds that it gets at the end.
+MOST_ROWS_WAITING = 10_000
+SECONDS_TO_CLOSE = 30.0
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -27,8 +34,149 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        rows[row["iteration"], "eval" if "eval_loss" in row else "train"] = row
-    return [rows[key] for key in sorted(rows, key=lambda key: (key[0], key[1] == "train"))]
+        rows[row["iteration"], kind_of(row)] = row
+    return [rows[key] for key in sorted(rows)]
+
+
+def kind_of(row: Mapping[str, Any]) -> str:
+    """Say what a row of metrics is: "eval", "stability" or "train"."""
+    return "eval" if "eval_loss" in row else "stability" if "output_z" in row else "train"
+
+
+def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Return what happened in a run, in order: alarms, checkpoints, resumptions; nothing if nothing is on record."""
+    path, events = Path(run_dir) / EVENTS_FILE, []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            events.append(json.loads(line))
+    return events
+
+
+class Sink(Protocol):
+    """Something that rows of metrics go to, on rank 0."""
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Take one row; ``iteration`` is its position on the time axis."""
+
+    def close(self) -> None:
+        """Flush and close."""
+
+
+class JsonLines:
+    """``metrics.jsonl`` in the run folder: every row, at once.
+
+    Args:
+        run_dir: of the run.
+        fresh: the run starts from scratch: metrics of an earlier run in the folder are kept under another name.
+    """
+
+    def __init__(self, run_dir: str | Path, *, fresh: bool) -> None:
+        path, events = Path(run_dir) / METRICS_FILE, Path(run_dir) / EVENTS_FILE
+        if fresh:
+            for old in (path, events):
+                if old.exists():
+                    os.replace(old, _unused_name(old))
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115  (closed in close)
+        if self._file.tell() and path.read_bytes()[-1:] != b"\n":
+            self._file.write("\n")  # a killed run left half a line
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row; JSON has no NaN and no infinity, they become null."""
+        self._file.write(json.dumps({name: _plain(value) for name, value in row.items()}) + "\n")
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoard:
+    """Scalars for TensorBoard.
+
+    Args:
+        folder: of the event files.
+    """
+
+    def __init__(self, folder: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(folder)
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Add the numbers of a row."""
+        for name, value in _scalars(row).items():
+            self._writer.add_scalar(name, value, row["iteration"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run on Weights & Biases, online or, with WANDB_MODE=offline, in the run folder.
+
+    Args:
+        config: resolved.
+        run_id: of the run to continue, if there is one.
+    """
+
+    def __init__(self, config: Config, run_id: str | None) -> None:
+        import wandb
+
+        self._run = wandb.init(
+            project=config.logging.wandb_project,
+            name=config.logging.wandb_exp_name or Path(config.logging.run_dir).name,
+            dir=config.logging.run_dir,
+            id=run_id,
+            resume="allow",
+            config=config.to_dict(),
+        )
+        self.run_id: str = self._run.id
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Log the numbers of a row."""
+        self._run.log(_scalars(row), step=int(row["iteration"]))
+
+    def close(self) -> None:
+        """Upload what is left."""
+        self._run.finish()
+
+
+class InBackground:
+    """Lets a sink work in a thread of its own, so that a slow one never holds a step up, nor a broken one the run.
+
+    Args:
+        name: of the sink, for messages.
+        sink: which may raise whatever it likes.
+    """
+
+    def __init__(self, name: str, sink: Sink) -> None:
+        self._name = name
+        self._rows: queue.Queue[Mapping[str, Any] | None] = queue.Queue(MOST_ROWS_WAITING)
+        self._thread = threading.Thread(target=self._work, args=(sink,), daemon=True)
+        self._thread.start()
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Hand a row over; dropped if the sink is that far behind."""
+        with contextlib.suppress(queue.Full):
+            self._rows.put_nowait(dict(row))
+
+    def close(self) -> None:
+        """Give the sink a while to finish."""
+        with contextlib.suppress(queue.Full):
+            self._rows.put(None, timeout=SECONDS_TO_CLOSE)
+        self._thread.join(SECONDS_TO_CLOSE)
+        if self._thread.is_alive():
+            print(f"{self._name} does not finish; left behind", file=sys.stderr)
+
+    def _work(self, sink: Sink) -> None:
+        try:
+            while (row := self._rows.get()) is not None:
+                sink.write(row)
+            sink.close()
+        except Exception as error:  # a logging service must not take the training down with it
+            print(f"{self._name} stopped ({error}); the run goes on without it", file=sys.stderr)
+            while self._rows.get() is not None:
+                pass
 
 
 class MetricsWriter:
@@ -37,77 +185,55 @@ class MetricsWriter:
     Args:
         config: resolved config.
         active: whether this rank writes.
-        fresh: the run starts from scratch: metrics of an earlier run in the folder are kept under another name.
+        fresh: as for :class:`JsonLines`.
         run_id: Weights & Biases run to continue.
     """
 
     def __init__(self, config: Config, *, active: bool, fresh: bool, run_id: str | None = None) -> None:
         self.run_id = run_id
-        self._file: Any = None
-        self._tensorboard: Any = None
-        self._wandb: Any = None
+        self._sinks: list[Sink] = []
+        self._events = Path(config.logging.run_dir) / EVENTS_FILE if active else None
         if not active:
             return
-        path = Path(config.logging.run_dir) / METRICS_FILE
-        if fresh and path.exists():
-            os.replace(path, _unused_name(path))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115  (closed in close)
-        if self._file.tell() and path.read_bytes()[-1:] != b"\n":
-            self._file.write("\n")  # a killed run left half a line
+        self._sinks.append(JsonLines(config.logging.run_dir, fresh=fresh))
         if config.logging.tensorboard_dir:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._tensorboard = SummaryWriter(config.logging.tensorboard_dir)
+            self._sinks.append(InBackground("TensorBoard", TensorBoard(config.logging.tensorboard_dir)))
         if config.logging.wandb_project:
-            self._start_wandb(config)
-
-    def _start_wandb(self, config: Config) -> None:
-        import wandb
-
-        try:
-            self._wandb = wandb.init(
-                project=config.logging.wandb_project,
-                name=config.logging.wandb_exp_name or Path(config.logging.run_dir).name,
-                dir=config.logging.run_dir,
-                id=self.run_id,
-                resume="allow",
-                config=config.to_dict(),
-            )
-            self.run_id = self._wandb.id
-        except Exception as error:  # a logging service must not take the training down with it
-            print(f"wandb does not start ({error}); the run goes on without it", file=sys.stderr)
+            try:
+                service = WeightsAndBiases(config, run_id)
+                self.run_id = service.run_id
+                self._sinks.append(InBackground("wandb", service))
+            except Exception as error:
+                print(f"wandb does not start ({error}); the run goes on without it", file=sys.stderr)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Write one row; ``iteration`` is its position on the time axis.
 
         Its values are numbers, or lists of finite numbers, which go to metrics.jsonl alone.
         """
-        if self._file is None:
-            return
-        # JSON has no NaN and no infinity.
-        plain = {
-            name: value if isinstance(value, list) or math.isfinite(value) else None for name, value in row.items()
-        }
-        self._file.write(json.dumps(plain) + "\n")
-        values = {name: value for name, value in row.items() if name != "iteration" and not isinstance(value, list)}
-        if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, row["iteration"])
-        if self._wandb is not None:
-            try:
-                self._wandb.log(values, step=int(row["iteration"]))
-            except Exception as error:
-                print(f"wandb stopped ({error}); the run goes on without it", file=sys.stderr)
-                self._wandb = None
+        for sink in self._sinks:
+            sink.write(row)
+
+    def event(self, iteration: int, kind: str, message: str) -> None:
+        """Append what happened to ``events.jsonl``."""
+        if self._events is not None:
+            row = {"iteration": iteration, "time": time.time(), "kind": kind, "message": message}
+            with self._events.open("a") as file:
+                file.write(json.dumps(row) + "\n")
 
     def close(self) -> None:
         """Flush and close everything."""
-        if self._file is not None:
-            self._file.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        for sink in self._sinks:
+            sink.close()
+        self._sinks = []
+
+
+def _plain(value: Any) -> Any:
+    return value if isinstance(value, list) or math.isfinite(value) else None
+
+
+def _scalars(row: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name != "iteration" and not isinstance(value, list)}
 
 
 def _unused_name(path: Path) -> Path:
@@ -123,10 +249,12 @@ class Console:
     Args:
         active: whether this rank prints.
         total: iterations of the run.
+        quiet: warnings and the summary alone.
     """
 
-    def __init__(self, *, active: bool, total: int = 0) -> None:
+    def __init__(self, *, active: bool, total: int = 0, quiet: bool = False) -> None:
         self._active = active
+        self._quiet = quiet
         self._total = total
         self._progress: Any = None
         self._task: Any = None
@@ -136,7 +264,7 @@ class Console:
 
     def start_bar(self, done: int) -> None:
         """Show a progress bar if this is a terminal."""
-        if self._active and sys.stdout.isatty():
+        if self._active and not self._quiet and sys.stdout.isatty():
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
             self._progress = Progress(
@@ -154,9 +282,9 @@ class Console:
             self._progress.stop()
             self._progress = None
 
-    def print(self, text: str) -> None:
-        """Print a message, above the bar if there is one."""
-        if self._active:
+    def print(self, text: str, *, important: bool = False) -> None:
+        """Print a message, above the bar if there is one; an important one although the run is to be quiet."""
+        if self._active and (important or not self._quiet):
             if self._progress is not None:
                 self._progress.console.print(text, highlight=False, markup=False)
             else:

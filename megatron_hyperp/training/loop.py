@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,12 @@ from megatron_hyperp.config import Config, data_parallel_size
 from megatron_hyperp.data import loader
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training import checkpointing
+from megatron_hyperp.training.alarms import ACTIONS, Alarms
 from megatron_hyperp.training.checkpointing import Progress
-from megatron_hyperp.training.logging import Console, MetricsWriter
+from megatron_hyperp.training.logging import EVENTS_FILE, METRICS_FILE, Console, MetricsWriter
+from megatron_hyperp.training.phases import Phases
 from megatron_hyperp.training.preflight import agree, check
+from megatron_hyperp.training.profiling import FOLDER, Profiler
 
 Batches = Iterator[dict[str, torch.Tensor]]
 SKIPS_IN_A_ROW = 20
@@ -87,11 +90,13 @@ class Trainer:
         from megatron_hyperp.model.build import build_balance, build_model, transformer_config
         from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
         from megatron_hyperp.optim.distributed import get_hyperp_optimizer
+        from megatron_hyperp.training.stability import Stability
 
         self.config = config
         self.world_size = dist.get_world_size()
         self.rank = dist.get_rank()
-        self.console = Console(active=self.rank == 0, total=config.training.train_iters)
+        self.phases = Phases()
+        self.console = Console(active=self.rank == 0, total=config.training.train_iters, quiet=config.logging.quiet)
         initialize_megatron(config)
         self._announce()
         core_config, parallel = transformer_config(config), config.parallel
@@ -103,6 +108,8 @@ class Trainer:
             overlap_param_gather=device.overlaps(parallel.overlap_param_gather),
         )
         self.optimizer = get_hyperp_optimizer(config, self.chunks, log=self.console.print)
+        self.stability = Stability(config, self.chunks, self.optimizer, self.balance)
+        self._time_communication()
         options, peak = config.optimizer, config.learning_rate().value
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
@@ -135,6 +142,21 @@ class Trainer:
         self.writer = MetricsWriter(config, active=self.rank == 0, fresh=not continued, run_id=run_id)
         if self.rank == 0:
             checkpointing.write_run_config(config)
+        if resume_from is not None:
+            self.writer.event(self.progress.iteration, "resumed", f"from {resume_from}")
+        self.alarms = Alarms(config.logging.alarm)
+        self.profiler = Profiler(config, self.rank)
+        self._losses: dict[int, float] = {}
+
+    def _time_communication(self) -> None:
+        """Count gradients on their way to owners, and weights on their way back, as a phase of their own."""
+        around, exchange = partial(self.phases.around, "communication"), self.optimizer.exchange
+        for owner, name in [
+            *((chunk, "finish_grad_sync") for chunk in self.chunks),
+            (exchange, "start_param_sync"),
+            (exchange, "finish_param_sync"),
+        ]:
+            setattr(owner, name, around(getattr(owner, name)))
 
     def _announce(self) -> None:
         config, model, parallel = self.config, self.config.model, self.config.parallel
@@ -217,9 +239,12 @@ class Trainer:
         self.console.start_bar(self.progress.iteration)
         meter = Meter(self)
         while self.progress.iteration < training.train_iters:
-            lr = self._base_lr()
-            losses = self._train_batch(batches)
-            taken, grad_norm, _ = self.optimizer.step()
+            lr, watched = self._base_lr(), self.stability.due(self.progress.iteration + 1)
+            self.profiler.before(self.progress.iteration + 1)
+            with self.stability.watch() if watched else nullcontext():
+                losses = self._train_batch(batches)
+                with self.phases.phase("optimizer"):
+                    taken, grad_norm, _ = self.optimizer.step()
             self._watch_skips(taken)
             self.scheduler.step(1)
             self.progress.iteration += 1
@@ -228,20 +253,61 @@ class Trainer:
             meter.add(losses, lr, grad_norm)
             iteration, last = self.progress.iteration, self.progress.iteration == training.train_iters
             stopping = last or bool(training.exit_interval and iteration % training.exit_interval == 0)
-            if iteration % config.logging.log_interval == 0 or stopping:
-                meter.report()
+            self.profiler.after(iteration)
+            wish = self._report(meter, watched=watched, logged=iteration % config.logging.log_interval == 0 or stopping)
+            stopping = stopping or wish == "stop"
             if training.eval_interval and (iteration % training.eval_interval == 0 or last):
-                with meter.paused():
+                with meter.paused(), self.phases.phase("evaluation"):
                     self.evaluate()
             interval = config.checkpoint.save_interval
-            if config.checkpoint.save and (stopping or (interval and iteration % interval == 0)):
-                with meter.paused():
+            if config.checkpoint.save and (stopping or wish == "save" or (interval and iteration % interval == 0)):
+                with meter.paused(), self.phases.phase("checkpoint"):
                     self._save()
             if stopping:
                 break
         self.console.stop_bar()
-        self.console.print(f"stopped at iteration {self.progress.iteration} of {training.train_iters}")
+        self._summarize()
         return self.progress
+
+    def _report(self, meter: Meter, *, watched: bool, logged: bool) -> str:
+        """Write what there is to say of this iteration; return the gravest action that alarms ask for, on all ranks."""
+        rows: list[dict[str, Any]] = []
+        with self.phases.phase("reports"):
+            if watched:
+                position = {"iteration": self.progress.iteration, "tokens": self.progress.consumed_tokens}
+                rows.append({**position, **self.stability.collect()})
+                self.writer.write(rows[-1])
+            if logged:
+                rows.append(meter.report())
+            return self._sound(rows) if self.alarms and rows else "warn"
+
+    def _sound(self, rows: list[dict[str, Any]]) -> str:
+        """Check alarms. Rank 0 decides for all: ranks differ in what they measure of time."""
+        gravest = 0
+        for row in rows:
+            for alarm, line in self.alarms.check(row):
+                gravest = max(gravest, ACTIONS.index(alarm.action))
+                self.console.print(f"{line} at iteration {self.progress.iteration}", important=True)
+                self.writer.event(self.progress.iteration, "alarm", line)
+        decided = torch.tensor(gravest, device=device.device())
+        dist.broadcast(decided, 0)
+        return ACTIONS[int(decided)]
+
+    def _summarize(self) -> None:
+        """Print where the run stands, where its time went, and where its files are."""
+        config, training = self.config, self.config.training
+        say = partial(self.console.print, important=True)
+        say(f"stopped at iteration {self.progress.iteration} of {training.train_iters}")
+        if self._losses:
+            best = min(self._losses, key=lambda iteration: self._losses[iteration])
+            say(f"best held-out loss {self._losses[best]:.4f} at iteration {best}")
+        say(f"time: {self.phases.describe()}")
+        folder = Path(config.logging.run_dir)
+        files = [name for name in (METRICS_FILE, EVENTS_FILE, "config.yaml", FOLDER) if (folder / name).exists()]
+        say(
+            f"files: {', '.join(str(folder / name) for name in files)}"
+            + (f"; checkpoints in {config.checkpoint.save}" if config.checkpoint.save else "")
+        )
 
     def _watch_skips(self, taken: bool) -> None:
         """Stop, without saving, when no step has been taken for a while: the weights themselves are then non-finite."""
@@ -288,8 +354,14 @@ class Trainer:
             for chunk in self.chunks:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
-        outputs = get_forward_backward_func()(
-            forward_step_func=forward_step,
+        step = partial(forward_step, draw=self.phases.around("data", next))
+        run = (
+            self.phases.around("forward-backward", get_forward_backward_func())
+            if not forward_only
+            else get_forward_backward_func()
+        )
+        outputs = run(
+            forward_step_func=step,
             data_iterator=batches if len(batches) > 1 else batches[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
             num_microbatches=self._micro_batches(),
@@ -327,6 +399,7 @@ class Trainer:
         loss = self.global_mean(losses)
         row = {"iteration": self.progress.iteration, "tokens": self.progress.consumed_tokens, "eval_loss": loss}
         self.writer.write(row)
+        self._losses[self.progress.iteration] = loss
         self.console.print(f"held-out loss {loss:.4f} at iteration {self.progress.iteration}")
         return loss
 
@@ -336,10 +409,12 @@ class Trainer:
             self.config, self.progress, self.chunks, self.optimizer, self.balance, run_id=self.writer.run_id
         )
         self.console.print(f"saved {folder} in {time.monotonic() - started:.1f} s")
+        self.writer.event(self.progress.iteration, "saved", str(folder))
 
     def close_reports(self) -> None:
-        """Stop the progress bar, flush and close what writes metrics."""
+        """Stop the progress bar, flush and close what writes metrics and traces."""
         self.console.stop_bar()
+        self.profiler.close()
         self.writer.close()
 
     def leave_groups(self) -> None:
@@ -386,8 +461,8 @@ class Meter:
         self._tokens += self._trainer.config.batch_tokens
         self._lr, self._grad_norm = lr, grad_norm
 
-    def report(self) -> None:
-        """Write and print the interval's row; a collective call."""
+    def report(self) -> dict[str, Any]:
+        """Write, print and return the interval's row; a collective call."""
         trainer, config = self._trainer, self._trainer.config
         self._read_clock()
         row: dict[str, Any] = {
@@ -409,11 +484,14 @@ class Meter:
         trainer.writer.write(row)
         trainer.console.status(row)
         self._clear()
+        return row
 
 
-def forward_step(batches: Batches, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., Any]]:
+def forward_step(
+    batches: Batches, model: torch.nn.Module, *, draw: Callable[[Batches], dict[str, torch.Tensor]] = next
+) -> tuple[torch.Tensor, Callable[..., Any]]:
     """Megatron-Core's forward step: draw a micro-batch, run this chunk, say how its output becomes a loss."""
-    batch = {name: value.to(device.device(), non_blocking=True) for name, value in next(batches).items()}
+    batch = {name: value.to(device.device(), non_blocking=True) for name, value in draw(batches).items()}
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
     return output, partial(loss_function, batch["loss_mask"])
 

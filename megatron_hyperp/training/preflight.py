@@ -15,6 +15,8 @@ from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.orthogonalize import check_backend
 from megatron_hyperp.training import checkpointing
+from megatron_hyperp.training.alarms import parse_alarm
+from megatron_hyperp.training.profiling import parse_range
 
 
 def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
@@ -42,6 +44,10 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
             " --expert-tensor-parallel-size above 1 make together; set one of them to 1",
             same_on_all_ranks=True,
         )
+    for text in config.logging.alarm:
+        parse_alarm(text)
+    if config.logging.profile:
+        parse_range(config.logging.profile)
     options = config.optimizer
     dtype = device.newton_schulz_dtype(options.ns_dtype, gram=options.asks_for_gram)
     try:

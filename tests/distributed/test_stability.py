@@ -1,0 +1,115 @@
+"""Stability indicators are the same however the model is laid out, and what they say they are."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.run_distributed import run_distributed
+from tests.toy import toy_config, write_corpus
+
+COMMON = {"train_iters": 2, "stability_interval": 1, "num_layers": 4}
+EXPERTS = {
+    "num_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+}
+ADAMW = {"optimizer": "adamw", "lr": 0.003}
+TP2 = {"tensor_model_parallel_size": 2}
+TP2SP = {**TP2, "sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+VPP2 = {**PP2, "num_virtual_stages_per_pipeline_rank": 2}
+EP2 = {"expert_model_parallel_size": 2}
+# Half the micro-batch on each of two data-parallel ranks: the same tokens are sampled.
+DP2 = {"micro_batch_size": 4}
+RECOMPUTE = {"recompute_granularity": "full"}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "experts": EXPERTS,
+    "adamw": ADAMW,
+    "adamw experts": {**ADAMW, **EXPERTS},
+}
+LAYOUTS: dict[str, list[dict[str, Any]]] = {
+    "dense": [TP2, TP2SP, PP2, VPP2, DP2, {**PP2, **RECOMPUTE}],
+    "experts": [{**EP2, **DP2}, PP2, DP2, TP2SP],
+    "adamw": [TP2, DP2],
+    "adamw experts": [{**EP2, **DP2}],
+}
+
+
+def indicators(prefix: str, folder: str, model: str, layouts: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """Train for two steps under each layout; return the rows of indicators."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_hyperp import device
+    from megatron_hyperp.data.tokenizer import load_tokenizer
+    from megatron_hyperp.training.logging import kind_of
+    from megatron_hyperp.training.loop import Trainer
+
+    device.adapt_megatron()
+    device.init_process_group(2)
+    result = []
+    for layout in layouts:
+        config = toy_config(prefix, Path(folder), **{**COMMON, **MODELS[model], **layout})
+        config = config.resolve(world_size=dist.get_world_size())
+        trainer = Trainer(config, load_tokenizer(config.data.tokenizer_model), None)
+        rows: list[dict[str, Any]] = []
+        trainer.writer.write = rows.append  # type: ignore[method-assign,assignment]
+        trainer.train()
+        trainer.close_reports()
+        result.append([row for row in rows if kind_of(row) == "stability"])
+        parallel_state.destroy_model_parallel()
+    return result
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_layout_says_what_one_rank_says(model: str, corpus: str, tmp_path: Path) -> None:
+    [[alone]] = run_distributed(indicators, 1, corpus, str(tmp_path), model, [{}])
+    assert [row["iteration"] for row in alone] == [1, 2]
+    for rank in run_distributed(indicators, 2, corpus, str(tmp_path), model, LAYOUTS[model]):
+        for layout, rows in zip(LAYOUTS[model], rank, strict=True):
+            # Of the first step: later ones start from weights that differ by rounding.
+            compare(alone[0], rows[0], layout)
+
+
+def compare(expected: dict[str, Any], found: dict[str, Any], layout: dict[str, Any]) -> None:
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        # A drift is itself rounding, and sums of different parts round differently.
+        exact = {"rel": 1e-5, "abs": 1e-6 if "drift" in name else 1e-9}
+        assert found[name] == pytest.approx(value, **exact), (name, layout)
+
+
+def test_figures_of_the_first_step(corpus: str, tmp_path: Path) -> None:
+    [[[row, _]]] = run_distributed(indicators, 1, corpus, str(tmp_path), "experts", [{}])
+    layers = [name for name in row if name.endswith("_per_layer")]
+    assert {len(row[name]) for name in layers} == {4}
+    # At its start the output layer says next to nothing: its log-sum-exp is that of the vocabulary.
+    assert row["output_z"] == pytest.approx(math.log(64) ** 2, rel=0.1)
+    # Logits of some spread only add to that of equal ones.
+    assert row["attention_z"] > sum(math.log(count) ** 2 for count in range(1, 65)) / 64
+    assert row["router_z"] > math.log(4) ** 2
+    # The residual multiplier is 1/sqrt(8).
+    for name in ("attention", "mlp"):
+        assert 0 < row[f"{name}_rms"] < 1
+        assert 0 <= row[f"{name}_outliers"] < 0.01
+    # A step of 0.05 of the radius along a direction that is nearly at right angles to the weights.
+    for name in ("attention", "mlp", "experts", "router"):
+        assert row[f"angle_{name}"] == pytest.approx(math.atan(0.05), rel=0.02)
+        assert max(row[f"angle_{name}_per_layer"]) == row[f"angle_{name}"]
+    assert max(row["radius_drift_per_layer"]) < 1e-6
+    parts = [
+        row[f"grad_norm_{name}"] ** 2
+        for name in ("embedding", "output", "attention", "mlp", "experts", "router", "vectors")
+    ]
+    assert min(parts) > 0
