@@ -24,6 +24,7 @@ setup(
         # Megatron-Core uses psutil when it saves a checkpoint, and does not declare it.
         "psutil",
         "numpy",
+        "scipy",
         "sentencepiece",
         "tokenizers",
         "pyyaml",

@@ -1,0 +1,1 @@
+"""Sweeps, and the laws fitted to what they measure."""
