@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up, then pretrain a small HyperP model on text that is on this machine, with two tensor-parallel ranks:
-# install into .venv, train a tokenizer, make a corpus, train half way, resume, draw the run.
+# install into .venv, train a tokenizer, make a corpus, train half way, resume, report the run.
 # With --moe as the first argument it is a mixture of experts with two expert-parallel ranks.
 # Further arguments go to the training, for example: bash examples/quickstart.sh --optimizer adamw --eta0 0.003
 set -euo pipefail
@@ -43,14 +43,15 @@ train --exit-interval 150 "$@"
 step "4/5 resume from the checkpoint and finish"
 train "$@"
 
-step "5/5 draw the run"
+step "5/5 report the run"
 $python tools/report.py "$run"
 
 cat <<END
 
 Done in $((SECONDS - started)) s. In $run:
-  report.png     loss, learning rate, gradient norm, radius drift     metrics.jsonl  the same as numbers
-  config.yaml    every setting, as resolved                           checkpoints/   any layout can load them
+  report.html    losses, stability by layer, settings: open it in a browser
+  report.png     losses, learning rate, gradient norm, speed, radius drift     metrics.jsonl  the same as numbers
+  config.yaml    every setting, as resolved                                    checkpoints/   any layout can load them
 Next:
   with experts   bash examples/quickstart.sh --moe
   a baseline     bash examples/quickstart.sh --optimizer adamw --eta0 0.003
