@@ -18,8 +18,10 @@ lint: setup
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# Two files at a time; then, alone, the tests that compare times.
 test: setup
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not timing"
+	$(VENV)/bin/python -m pytest -m "timing and not slow"
 
 test-slow: setup
 	$(VENV)/bin/python -m pytest -m slow

@@ -103,6 +103,7 @@ def speedup(count: int, rows: int, columns: int, repeats: int) -> float:
     return max(statistics.median(single) / statistics.median(batch), min(single) / min(batch))
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("threads", [2], indirect=True)
 def test_a_batch_of_small_matrices_is_twice_as_fast_as_single_calls(threads: int) -> None:
     ratio = speedup(256, 32, 128, repeats=11)
@@ -110,6 +111,7 @@ def test_a_batch_of_small_matrices_is_twice_as_fast_as_single_calls(threads: int
     assert ratio >= 2.0
 
 
+@pytest.mark.timing
 def test_a_batch_of_larger_matrices_is_not_slower_than_single_calls(threads: int) -> None:
     ratio = speedup(64, 128, 512, repeats=7)
     print(f"\n64 of 128 x 512, {threads} threads: a batch is {ratio:.2f} times as fast as single calls")
