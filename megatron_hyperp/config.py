@@ -91,7 +91,10 @@ class MoEConfig:
     moe_aux_loss_coeff: float = knob(0.1, "weight of the load-balancing loss")
     moe_z_loss_coeff: float = knob(0.0, "weight of the router's z-loss")
     moe_expert_capacity_factor: float | None = knob(
-        None, "tokens that an expert takes, over its fair share; the others are dropped [none are]", POSITIVE
+        None,
+        "tokens that an expert takes of a micro-batch and rank, over its fair share; others are dropped, so that the"
+        " layout matters [none are]",
+        POSITIVE,
     )
     moe_token_dispatcher_type: Literal["alltoall", "allgather"] = knob("alltoall", "how tokens travel to their experts")
 
@@ -212,6 +215,18 @@ class TrainingConfig:
     eval_iters: int = knob(10, "batches per evaluation, the same ones each time")
     seed: int = knob(1234, "seed of initialisation and data order", SEED)
     bf16: bool = knob(False, "bf16 weights and activations; gradients, master weights and momentum stay fp32")
+    fp8_format: Literal["none", "hybrid", "e4m3"] = knob(
+        "none", "FP8 in the linear layers of transformer layers: e4m3 with e5m2 gradients (hybrid), or e4m3 alone"
+    )
+    fp8_recipe: Literal["delayed", "tensorwise", "rowwise", "blockwise", "mxfp8"] = knob(
+        "tensorwise", "which elements share a scale; delayed: those of a tensor, from earlier steps"
+    )
+    fp8_emulation: bool = knob(False, "round to FP8 and back on any device, to study its numerics; slower than no FP8")
+    fp8_weight_scale: Literal["current", "sphere"] = knob(
+        "current", "scales of weights: from the largest element, or fixed by the radius of the sphere (tensorwise)"
+    )
+    num_layers_at_start_in_bf16: int = knob(0, "first layers that stay out of FP8")
+    num_layers_at_end_in_bf16: int = knob(0, "last layers that stay out of FP8")
     recompute_granularity: Literal["none", "selective", "full"] = knob(
         "none", "activations to recompute: none, those of core attention, or whole layers"
     )

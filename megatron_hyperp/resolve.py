@@ -36,6 +36,7 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -
         _resolve_scaling(config)
         _resolve_schedule(config)
         _check_newton_schulz(config)
+        _check_fp8(config)
     except UsageError as error:
         error.same_on_all_ranks = True
         raise
@@ -388,3 +389,45 @@ def _check_newton_schulz(config: Config) -> None:
             raise UsageError(f"{flag} gram loses accuracy with --ns-dtype bf16; give fp16 or fp32, or leave it out")
     if options.ns_form == "standard" and options.ns_strategy == "gram":
         raise UsageError("--ns-strategy gram iterates in Gram form, which --ns-form standard rules out; leave one out")
+
+
+def _check_fp8(config: Config) -> None:
+    training, layers = config.training, config.model.num_layers
+    start, end = training.num_layers_at_start_in_bf16, training.num_layers_at_end_in_bf16
+    if training.fp8_format == "none":
+        static = training.fp8_weight_scale == "sphere"
+        for flag, given in (
+            ("--fp8-emulation", training.fp8_emulation),
+            ("--fp8-weight-scale sphere", static),
+            ("--num-layers-at-start-in-bf16", start),
+            ("--num-layers-at-end-in-bf16", end),
+        ):
+            if given:
+                raise UsageError(f"{flag} needs --fp8-format; give hybrid or e4m3, or leave it out")
+        return
+    if start + end >= layers:
+        raise UsageError(
+            f"--num-layers-at-start-in-bf16 {start} and --num-layers-at-end-in-bf16 {end} leave none of the {layers}"
+            " layers to FP8; lower them, or leave out --fp8-format"
+        )
+    if training.fp8_emulation and training.fp8_recipe == "delayed":
+        raise UsageError(
+            "--fp8-emulation has no --fp8-recipe delayed; give tensorwise, whose scales are those of the same step"
+        )
+    if training.fp8_recipe == "rowwise" and not training.fp8_emulation:
+        raise UsageError("--fp8-recipe rowwise needs --fp8-emulation; TransformerEngine has no such recipe")
+    if training.fp8_weight_scale == "sphere":
+        if not training.fp8_emulation:
+            raise UsageError(
+                "--fp8-weight-scale sphere needs --fp8-emulation; TransformerEngine takes no static scales"
+            )
+        if training.fp8_recipe != "tensorwise":
+            raise UsageError(
+                f"--fp8-weight-scale sphere gives one scale a matrix, which --fp8-recipe {training.fp8_recipe} has not;"
+                " give tensorwise"
+            )
+        if config.optimizer.optimizer not in ("hyperp", "muonh"):
+            raise UsageError(
+                f"--fp8-weight-scale sphere needs weights on spheres, which --optimizer {config.optimizer.optimizer}"
+                " leaves; give hyperp or muonh"
+            )

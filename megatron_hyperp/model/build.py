@@ -12,9 +12,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hyperp import device
 from megatron_hyperp.config import Config
+from megatron_hyperp.model.fp8 import Emulation, Fp8ColumnParallelLinear, Fp8Recipe, Fp8RowParallelLinear
 from megatron_hyperp.model.init import initialize
 from megatron_hyperp.model.layer_specs import local_block_spec
 from megatron_hyperp.moe.balance import Balance
+from megatron_hyperp.moe.grouped import GroupedLinear
 from megatron_hyperp.parameters import mark_expert_parameters
 
 
@@ -126,10 +128,33 @@ def build_model(
         module: torch.nn.Module = _build_chunk(config, core_config, vp_stage, balance).to(device.device())
         mark_expert_parameters(module, config.parallel.expert_tensor_parallel_size)
         initialize(module, config)
+        if config.training.fp8_format != "none":
+            emulate_fp8(module, config)
         if config.training.bf16:
             module = Float16Module(core_config, module)
         chunks.append(module)
     return chunks
+
+
+def emulate_fp8(chunk: torch.nn.Module, config: Config) -> None:
+    """Let the linear layers of a chunk's transformer layers round to FP8, but for the first and last layers."""
+    training = config.training
+    recipe = Fp8Recipe(
+        gradients="e5m2" if training.fp8_format == "hybrid" else "e4m3",
+        scaling=training.fp8_recipe,  # type: ignore[arg-type]  # delayed is refused before
+        static_weights=training.fp8_weight_scale == "sphere",
+        radius_scale=config.optimizer.radius_scale,
+    )
+    tensor = parallel_state.get_tensor_model_parallel_group()
+    last = config.model.num_layers - training.num_layers_at_end_in_bf16
+    layer: Any
+    for layer in chunk.modules():
+        if hasattr(layer, "self_attention") and training.num_layers_at_start_in_bf16 < layer.layer_number <= last:
+            for module in layer.modules():
+                if isinstance(module, (Fp8ColumnParallelLinear, Fp8RowParallelLinear)):
+                    module.fp8 = Emulation(recipe, tensor)
+                elif isinstance(module, GroupedLinear):
+                    module.fp8 = Emulation(recipe, parallel_state.get_expert_tensor_parallel_group())
 
 
 def _build_chunk(
@@ -146,6 +171,7 @@ def _build_chunk(
             vp_stage=vp_stage,
             gate=config.moe.moe_gate,
             balance=balance,
+            fp8=config.training.fp8_format != "none",
         ),
         vocab_size=model.vocab_size,
         max_sequence_length=model.seq_length,

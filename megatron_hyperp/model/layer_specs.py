@@ -11,6 +11,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hyperp.model.depth_mup import scaled_bias_dropout_add
+from megatron_hyperp.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_hyperp.moe.balance import Balance
 from megatron_hyperp.moe.layer import with_sqrt_gate
 
@@ -37,6 +38,7 @@ def local_block_spec(
     vp_stage: int | None = None,
     gate: str = "sqrt",
     balance: Balance | None = None,
+    fp8: bool = False,
 ) -> TransformerBlockSubmodules:
     """Return the spec of one pipeline chunk in Megatron-Core's local (plain PyTorch) layers.
 
@@ -46,6 +48,7 @@ def local_block_spec(
         vp_stage: index of the chunk under the interleaved schedule.
         gate: of the router, in a mixture of experts.
         balance: statistics that all routers share; None for a dense model.
+        fp8: whether linear layers can emulate it.
     """
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
     block = copy.deepcopy(block)
@@ -59,4 +62,15 @@ def local_block_spec(
         if config.qk_layernorm:
             attention = parts.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+        if fp8:
+            _use_fp8_layers(parts)
     return block
+
+
+def _use_fp8_layers(parts: Any) -> None:
+    """Put linear layers that can emulate FP8 in the place of Megatron-Core's; grouped experts can as they are."""
+    attention = parts.self_attention.submodules
+    attention.linear_qkv, attention.linear_proj = Fp8ColumnParallelLinear, Fp8RowParallelLinear
+    mlp = parts.mlp.submodules
+    dense = mlp.shared_experts.submodules if hasattr(mlp, "shared_experts") else mlp
+    dense.linear_fc1, dense.linear_fc2 = Fp8ColumnParallelLinear, Fp8RowParallelLinear

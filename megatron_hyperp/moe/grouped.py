@@ -19,6 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.nn.functional import grouped_mm
 
+from megatron_hyperp.model.fp8 import Emulation
+
 
 class _GroupedProduct(torch.autograd.Function):
     """x W_i^T for the rows of each group i.
@@ -67,6 +69,9 @@ class GroupedLinear(torch.nn.Module):
         pg_collection: Megatron-Core's process groups.
     """
 
+    # Emulation of FP8, where a recipe applies to the layer.
+    fp8: Emulation | None = None
+
     def __init__(
         self,
         num_gemms: int,
@@ -95,7 +100,10 @@ class GroupedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, None]:
         """Return the product and no bias; x is [tokens, d_in], ``m_splits`` the tokens of each expert."""
-        return grouped_product(x, m_splits, self.weights), None
+        if self.fp8 is None:
+            return grouped_product(x, m_splits, self.weights), None
+        weights = [self.fp8.weight(weight) for weight in self.weights]
+        return self.fp8.output(grouped_product(self.fp8.input(x), m_splits, weights)), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -44,6 +44,13 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
             " --expert-tensor-parallel-size above 1 make together; set one of them to 1",
             same_on_all_ranks=True,
         )
+    if config.training.fp8_format != "none" and not config.training.fp8_emulation:
+        lacking = "TransformerEngine's layers, which this version does not use yet" if device.has_cuda() else "CUDA"
+        raise UsageError(
+            f"--fp8-format {config.training.fp8_format} needs {lacking}; give --fp8-emulation for the same numerics"
+            " in emulation, or leave it out",
+            same_on_all_ranks=True,
+        )
     for text in config.logging.alarm:
         parse_alarm(text)
     if config.logging.profile:

@@ -468,6 +468,38 @@ REFUSALS = [
         "--hidden-size is 68; experts are multiplied in groups",
         "a multiple of 8; the nearest: 64 and 72$",
     ),
+    Refusal(f"{SMALL} --fp8-emulation", "--fp8-emulation needs --fp8-format", "give hybrid or e4m3, or leave it out$"),
+    Refusal(f"{SMALL} --fp8-weight-scale sphere", "--fp8-weight-scale sphere needs --fp8-format", "leave it out$"),
+    Refusal(
+        f"{SMALL} --num-layers-at-start-in-bf16 1", "--num-layers-at-start-in-bf16 needs --fp8-format", "leave it out$"
+    ),
+    Refusal(
+        f"{SMALL} --num-layers-at-end-in-bf16 1", "--num-layers-at-end-in-bf16 needs --fp8-format", "leave it out$"
+    ),
+    Refusal(
+        f"{SMALL} --fp8-format hybrid --num-layers-at-start-in-bf16 90 --num-layers-at-end-in-bf16 1",
+        "--num-layers-at-start-in-bf16 90 and --num-layers-at-end-in-bf16 1 leave none of the",
+        "lower them, or leave out --fp8-format$",
+    ),
+    Refusal(
+        f"{SMALL} --fp8-format hybrid --fp8-emulation --fp8-recipe delayed",
+        "--fp8-emulation has no --fp8-recipe delayed",
+        "give tensorwise",
+    ),
+    Refusal(f"{SMALL} --fp8-format e4m3 --fp8-recipe rowwise", "rowwise needs --fp8-emulation", "no such recipe$"),
+    Refusal(
+        f"{SMALL} --fp8-format e4m3 --fp8-weight-scale sphere", "sphere needs --fp8-emulation", "no static scales$"
+    ),
+    Refusal(
+        f"{SMALL} --fp8-format e4m3 --fp8-emulation --fp8-recipe mxfp8 --fp8-weight-scale sphere",
+        "one scale a matrix, which --fp8-recipe mxfp8 has not",
+        "give tensorwise$",
+    ),
+    Refusal(
+        f"{SMALL} --fp8-format e4m3 --fp8-emulation --fp8-weight-scale sphere --optimizer muon",
+        "needs weights on spheres, which --optimizer muon leaves",
+        "give hyperp or muonh$",
+    ),
     Refusal(
         f"{EXPERTS} {PP2} --expert-model-parallel-size 4",
         r"2 rank\(s\) cannot hold expert x expert-tensor x pipeline parallelism 4 x 1 x 2",

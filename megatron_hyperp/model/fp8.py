@@ -1,0 +1,204 @@
+"""FP8 arithmetic of linear layers, emulated: values are rounded to FP8 and back, products are in the usual precision.
+
+What is rounded is what TransformerEngine rounds (Micikevicius et al., arXiv 2209.05433): inputs and weights of the
+linear layers inside transformer layers to e4m3, gradients of their outputs to e5m2 ("hybrid") or e4m3. Router,
+embedding, output layer, norms and attention stay as they are. Casts saturate. One difference remains: the backward
+products use the inputs and weights that the forward product used, while TransformerEngine scales those anew along the
+other dimension where scales are per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+
+from megatron_hyperp.optim.sphere import muonh_radius
+from megatron_hyperp.parameters import partition_dim
+
+Format = Literal["e4m3", "e5m2"]
+Scaling = Literal["tensorwise", "rowwise", "blockwise", "mxfp8"]
+DTYPES: dict[str, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+LARGEST = {name: torch.finfo(dtype).max for name, dtype in DTYPES.items()}
+# Elements of a row that share a scale; blockwise scales of weights are those of squares (arXiv 2412.19437).
+BLOCK = {"blockwise": 128, "mxfp8": 32}
+# A weight this many times the RMS is clipped under static scales. Trained matrices on their spheres stay far below it,
+# and 448 / 64 leaves nine powers of two between the RMS and e4m3's smallest normal number.
+SPHERE_CLIP = 64.0
+
+
+@dataclass(frozen=True, slots=True)
+class Fp8Recipe:
+    """How values are rounded.
+
+    Attributes:
+        gradients: format of gradients; inputs and weights are e4m3.
+        scaling: which elements share a scale: all of a tensor, a row's, or a block's.
+        static_weights: scales of weights follow from the radius of their sphere, instead of the largest element.
+        radius_scale: factor on radii.
+    """
+
+    gradients: Format = "e5m2"
+    scaling: Scaling = "tensorwise"
+    static_weights: bool = False
+    radius_scale: float = 1.0
+
+
+def round_trip(x: torch.Tensor, fmt: Format, scale: torch.Tensor) -> torch.Tensor:
+    """Round to FP8 and back: x times ``scale``, clamped to the format's range, over ``scale``.
+
+    Args:
+        x: of any floating dtype, which the result keeps.
+        fmt: a key of :data:`DTYPES`.
+        scale: broadcasts against x.
+    """
+    largest = LARGEST[fmt]
+    scaled = (x.float() * scale).clamp(-largest, largest)
+    return (scaled.to(DTYPES[fmt]).float() / scale).to(x.dtype)
+
+
+def scale_of(amax: torch.Tensor, fmt: Format, *, power_of_two: bool = False) -> torch.Tensor:
+    """Return what brings the largest element to the format's largest number; 1 where all elements are 0.
+
+    Args:
+        amax: largest absolute values.
+        fmt: a key of :data:`DTYPES`.
+        power_of_two: take the next power of two below, as e8m0 scales do.
+    """
+    scale = torch.where(amax > 0, LARGEST[fmt] / amax.clamp_min(1e-30), torch.ones_like(amax))
+    return torch.exp2(torch.floor(torch.log2(scale))) if power_of_two else scale
+
+
+def quantized(
+    x: torch.Tensor, fmt: Format, scaling: Scaling, *, group: dist.ProcessGroup | None = None, square: bool = False
+) -> torch.Tensor:
+    """Round to FP8 and back with scales from the largest elements.
+
+    Args:
+        x: [..., columns]; products contract over the columns.
+        fmt: a key of :data:`DTYPES`.
+        scaling: which elements share a scale.
+        group: ranks that hold the other parts of the tensor: "tensorwise" is the same however it is sharded.
+        square: "blockwise" takes squares of a matrix, instead of runs of a row.
+    """
+    if scaling == "tensorwise":
+        amax = x.detach().abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+        if group is not None and group.size() > 1:
+            dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
+        return round_trip(x, fmt, scale_of(amax, fmt))
+    if not x.numel():
+        return x
+    if scaling == "rowwise":
+        return round_trip(x, fmt, scale_of(x.detach().abs().amax(dim=-1, keepdim=True).float(), fmt))
+    size = BLOCK[scaling]
+    rows = x.reshape(-1, x.shape[-1])
+    tall = size if square and scaling == "blockwise" else 1
+    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % size, 0, -rows.shape[0] % tall))
+    blocks = padded.view(padded.shape[0] // tall, tall, padded.shape[1] // size, size)
+    amax = blocks.detach().abs().amax(dim=(1, 3), keepdim=True).float()
+    rounded = round_trip(blocks, fmt, scale_of(amax, fmt, power_of_two=scaling == "mxfp8"))
+    return rounded.reshape(padded.shape)[: rows.shape[0], : rows.shape[1]].reshape(x.shape)
+
+
+def sphere_scale(shape: tuple[int, ...], radius_scale: float) -> float:
+    """Return the static scale of a matrix on its sphere, a power of two: its RMS is R / sqrt(d_out d_in)."""
+    rms = muonh_radius(shape[0], radius_scale) / (shape[0] * shape[1]) ** 0.5
+    return float(torch.exp2(torch.floor(torch.log2(torch.tensor(LARGEST["e4m3"] / (SPHERE_CLIP * rms))))))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Round on the way forward; gradients pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        del ctx
+        return rounding(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        del ctx
+        return gradient, None
+
+
+class _RoundGradient(torch.autograd.Function):
+    """Pass on the way forward; round the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, rounding: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        ctx.rounding = rounding
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return ctx.rounding(gradient), None
+
+
+@dataclass(frozen=True, slots=True)
+class Emulation:
+    """The roundings around one layer's products.
+
+    Attributes:
+        recipe: how.
+        group: tensor-parallel ranks that share the layer.
+    """
+
+    recipe: Fp8Recipe
+    group: dist.ProcessGroup
+
+    def input(self, x: torch.Tensor) -> torch.Tensor:
+        """Round an input [..., d_in]."""
+        scaling, group = self.recipe.scaling, self.group
+        return _StraightThrough.apply(x, lambda value: quantized(value, "e4m3", scaling, group=group))  # type: ignore[no-untyped-call,no-any-return]
+
+    def weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """Round a weight [d_out, d_in]."""
+        return _StraightThrough.apply(weight, self._round_weight)  # type: ignore[no-untyped-call,no-any-return]
+
+    def output(self, y: torch.Tensor) -> torch.Tensor:
+        """Let the gradient of an output [..., d_out] be rounded."""
+        recipe, group = self.recipe, self.group
+        rounding = lambda value: quantized(value, recipe.gradients, recipe.scaling, group=group)  # noqa: E731
+        return _RoundGradient.apply(y, rounding)  # type: ignore[no-untyped-call,no-any-return]
+
+    def _round_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        if self.recipe.static_weights:
+            split = partition_dim(weight)
+            shape = tuple(size * self.group.size() if dim == split else size for dim, size in enumerate(weight.shape))
+            scale = sphere_scale(shape, self.recipe.radius_scale)
+            return round_trip(weight, "e4m3", torch.tensor(scale, device=weight.device))
+        return quantized(weight, "e4m3", self.recipe.scaling, group=self.group, square=True)
+
+
+class Fp8ColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]  # Megatron-Core has no types
+    """Megatron-Core's column-parallel layer in emulated FP8, where the recipe applies to its transformer layer."""
+
+    fp8: Emulation | None = None
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return _product(self.fp8, super()._forward_impl, input, weight, *args, **kwargs)
+
+
+class Fp8RowParallelLinear(RowParallelLinear):  # type: ignore[misc]  # Megatron-Core has no types
+    """Megatron-Core's row-parallel layer likewise."""
+
+    fp8: Emulation | None = None
+
+    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return _product(self.fp8, super()._forward_impl, input, weight, *args, **kwargs)
+
+
+def _product(
+    fp8: Emulation | None,
+    product: Callable[..., torch.Tensor],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    if fp8 is None:
+        return product(x, weight, *args, **kwargs)
+    return fp8.output(product(fp8.input(x), fp8.weight(weight), *args, **kwargs))
