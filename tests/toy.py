@@ -53,6 +53,7 @@ def toy_config(prefix: str, run_dir: Path, **overrides: Any) -> Config:
         "log_interval": 1,
         "eval_interval": 0,
         "distributed_timeout_minutes": 2,
+        "stability_interval": 0,
         **overrides,
     }
     config = Config()
