@@ -83,6 +83,21 @@ def parse_alarm(text: str) -> Alarm:
     return Alarm(text, metric, _COMPARE[comparison], threshold, bool(relative), action or "warn")
 
 
+def check(texts: Iterable[str], *, saves: bool) -> None:
+    """See that alarms can do what they are to.
+
+    Args:
+        texts: see :func:`parse_alarm`.
+        saves: whether the run keeps checkpoints.
+
+    Raises:
+        UsageError: one cannot be read, or is to save a checkpoint where none is kept.
+    """
+    for alarm in map(parse_alarm, texts):
+        if alarm.action == "save" and not saves:
+            raise UsageError(f"--alarm {alarm.text!r} needs --save for its checkpoint; give it, or another action")
+
+
 class Alarms:
     """Looks at rows of metrics.
 

@@ -209,7 +209,7 @@ class MetricsWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         """Write one row; ``iteration`` is its position on the time axis.
 
-        Its values are numbers, or lists of finite numbers, which go to metrics.jsonl alone.
+        Its values are numbers, or lists of them, which go to metrics.jsonl alone.
         """
         for sink in self._sinks:
             sink.write(row)
@@ -229,7 +229,9 @@ class MetricsWriter:
 
 
 def _plain(value: Any) -> Any:
-    return value if isinstance(value, list) or math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return value if math.isfinite(value) else None
 
 
 def _scalars(row: Mapping[str, Any]) -> dict[str, float]:

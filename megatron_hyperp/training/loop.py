@@ -254,11 +254,12 @@ class Trainer:
             iteration, last = self.progress.iteration, self.progress.iteration == training.train_iters
             stopping = last or bool(training.exit_interval and iteration % training.exit_interval == 0)
             self.profiler.after(iteration)
-            wish = self._report(meter, watched=watched, logged=iteration % config.logging.log_interval == 0 or stopping)
-            stopping = stopping or wish == "stop"
+            row = self._report(meter, watched=watched, logged=iteration % config.logging.log_interval == 0 or stopping)
             if training.eval_interval and (iteration % training.eval_interval == 0 or last):
                 with meter.paused(), self.phases.phase("evaluation"):
-                    self.evaluate()
+                    row["eval_loss"] = self.evaluate()
+            wish = self._sound(row) if self.alarms and row else "warn"
+            stopping = stopping or wish == "stop"
             interval = config.checkpoint.save_interval
             if config.checkpoint.save and (stopping or wish == "save" or (interval and iteration % interval == 0)):
                 with meter.paused(), self.phases.phase("checkpoint"):
@@ -269,26 +270,28 @@ class Trainer:
         self._summarize()
         return self.progress
 
-    def _report(self, meter: Meter, *, watched: bool, logged: bool) -> str:
-        """Write what there is to say of this iteration; return the gravest action that alarms ask for, on all ranks."""
-        rows: list[dict[str, Any]] = []
+    def _report(self, meter: Meter, *, watched: bool, logged: bool) -> dict[str, Any]:
+        """Write what there is to say of this iteration, and return it all in one row."""
+        said: dict[str, Any] = {}
         with self.phases.phase("reports"):
             if watched:
                 position = {"iteration": self.progress.iteration, "tokens": self.progress.consumed_tokens}
-                rows.append({**position, **self.stability.collect()})
-                self.writer.write(rows[-1])
+                said = {**position, **self.stability.collect()}
+                self.writer.write(said)
             if logged:
-                rows.append(meter.report())
-            return self._sound(rows) if self.alarms and rows else "warn"
+                said = {**said, **meter.report()}
+        return said
 
-    def _sound(self, rows: list[dict[str, Any]]) -> str:
-        """Check alarms. Rank 0 decides for all: ranks differ in what they measure of time."""
+    def _sound(self, row: dict[str, Any]) -> str:
+        """Check alarms; return the gravest action that they ask for.
+
+        Rank 0 decides for all: ranks differ in what they measure of time.
+        """
         gravest = 0
-        for row in rows:
-            for alarm, line in self.alarms.check(row):
-                gravest = max(gravest, ACTIONS.index(alarm.action))
-                self.console.print(f"{line} at iteration {self.progress.iteration}", important=True)
-                self.writer.event(self.progress.iteration, "alarm", line)
+        for alarm, line in self.alarms.check(row):
+            gravest = max(gravest, ACTIONS.index(alarm.action))
+            self.console.print(f"{line} at iteration {self.progress.iteration}", important=True)
+            self.writer.event(self.progress.iteration, "alarm", line)
         decided = torch.tensor(gravest, device=device.device())
         dist.broadcast(decided, 0)
         return ACTIONS[int(decided)]

@@ -14,9 +14,7 @@ from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.orthogonalize import check_backend
-from megatron_hyperp.training import checkpointing
-from megatron_hyperp.training.alarms import parse_alarm
-from megatron_hyperp.training.profiling import parse_range
+from megatron_hyperp.training import alarms, checkpointing, profiling
 
 
 def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
@@ -51,10 +49,8 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
             " in emulation, or leave it out",
             same_on_all_ranks=True,
         )
-    for text in config.logging.alarm:
-        parse_alarm(text)
-    if config.logging.profile:
-        parse_range(config.logging.profile)
+    alarms.check(config.logging.alarm, saves=config.checkpoint.save is not None)
+    profiling.check(config, world_size)
     options = config.optimizer
     dtype = device.newton_schulz_dtype(options.ns_dtype, gram=options.asks_for_gram)
     try:

@@ -30,6 +30,23 @@ def parse_range(text: str) -> tuple[int, int]:
     return first, last
 
 
+def check(config: Config, world_size: int) -> None:
+    """See that what is asked for will be profiled.
+
+    Raises:
+        UsageError: the range is none or begins after the run's end, or a rank is none of the job's.
+    """
+    options, iterations = config.logging, config.training.train_iters
+    if not options.profile:
+        return
+    first, _ = parse_range(options.profile)
+    if first > iterations:
+        raise UsageError(f"--profile {options.profile} begins after the last of {iterations} iterations; begin earlier")
+    unknown = [rank for rank in options.profile_ranks if not rank.isdecimal() or int(rank) >= world_size]
+    if unknown:
+        raise UsageError(f"--profile-ranks {unknown[0]} is no rank of this job; there are 0 to {world_size - 1}")
+
+
 class Profiler:
     """Profiles iterations ``--profile FIRST:LAST`` on the ranks of ``--profile-ranks``.
 
@@ -50,7 +67,8 @@ class Profiler:
 
     def before(self, iteration: int) -> None:
         """Start if this is the first iteration to profile."""
-        if self._range and iteration == self._range[0]:
+        # A resumed run may begin amid them.
+        if self._running is None and self._range and self._range[0] <= iteration <= self._range[1]:
             activities = [torch.profiler.ProfilerActivity.CPU]
             if device.has_cuda():
                 activities.append(torch.profiler.ProfilerActivity.CUDA)

@@ -54,12 +54,14 @@ def test_an_alarm_stops_all_ranks_after_saving(workspace: Path) -> None:
     folder = workspace / "stopped"
     output = train(
         workspace / "config.yaml",
-        *("--run-dir", folder, "--save", folder / "checkpoints", "--alarm", "grad_norm > 0: stop"),
+        *("--run-dir", folder, "--save", folder / "checkpoints", "--alarm", "grad_norm > 0", "eval_loss > 0: stop"),
         ranks=2,
     )
+    # Held-out losses are taken at iteration 3; before that the other alarm only warns, once an iteration.
+    assert [event["message"].split()[1] for event in read_events(folder)[:4]] == [*3 * ["grad_norm"], "eval_loss"]
     assert "alarm: grad_norm is " in output
-    assert "stopped at iteration 1 of 6" in output
-    assert (folder / "checkpoints" / "iter_0000001").is_dir()
+    assert "stopped at iteration 3 of 6" in output
+    assert (folder / "checkpoints" / "iter_0000003").is_dir()
 
 
 @pytest.mark.parametrize(
@@ -67,6 +69,9 @@ def test_an_alarm_stops_all_ranks_after_saving(workspace: Path) -> None:
     [
         (("--alarm", "los > 3"), "there is no metric los"),
         (("--profile", "5"), "--profile is '5'; give FIRST:LAST"),
+        (("--profile", "7:9"), "--profile 7:9 begins after the last of 6 iterations"),
+        (("--profile", "2:3", "--profile-ranks", "0", "1"), "--profile-ranks 1 is no rank of this job"),
+        (("--alarm", "loss > 3: save"), "--alarm 'loss > 3: save' needs --save"),
     ],
 )
 def test_bad_wishes_are_one_line(workspace: Path, flags: tuple[str, ...], words: str) -> None:

@@ -15,7 +15,7 @@ import torch
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.observing import GROUPS, group_of, turned
 from megatron_hyperp.training.alarms import METRICS, Alarms, parse_alarm
-from megatron_hyperp.training.logging import InBackground
+from megatron_hyperp.training.logging import InBackground, JsonLines
 from megatron_hyperp.training.phases import Phases
 from megatron_hyperp.training.profiling import parse_range
 from megatron_hyperp.training.stability import attention_z, outliers, sampled
@@ -209,6 +209,18 @@ def test_a_sink_that_does_not_finish_is_left_behind(
     background.write({"iteration": 1})
     background.close()
     assert "wandb does not finish" in capsys.readouterr().err
+
+
+def test_rows_are_json_whatever_their_numbers(tmp_path: Path) -> None:
+    sink = JsonLines(tmp_path, fresh=True)
+    sink.write({"iteration": 1, "loss": math.nan, "z_per_layer": [1.0, math.inf], "loads": [[1, 2], [math.nan, 3]]})
+    sink.close()
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    row = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert row == {"iteration": 1, "loss": None, "z_per_layer": [1.0, None], "loads": [[1, 2], [None, 3]]}
 
 
 def test_events_are_lines_of_json(tmp_path: Path) -> None:
