@@ -342,6 +342,12 @@ def data_parallel_size(config: Config, world_size: int) -> int:
     return world_size // (config.parallel.tensor_model_parallel_size * config.parallel.pipeline_model_parallel_size)
 
 
+def micro_batches(config: Config, world_size: int) -> int:
+    """Micro-batches that each rank sees in a step."""
+    training = config.training
+    return training.global_batch_size // (training.micro_batch_size * data_parallel_size(config, world_size))
+
+
 def flag_name(field_name: str) -> str:
     """``train_iters`` -> ``--train-iters``."""
     return "--" + field_name.replace("_", "-")

@@ -63,3 +63,20 @@ def toy_config(prefix: str, run_dir: Path, **overrides: Any) -> Config:
             setattr(section, key, fields.pop(key))
     assert not fields, f"unknown fields {sorted(fields)}"
     return config
+
+
+def rows_of_training(config: Config) -> list[dict[str, Any]]:
+    """Train, on a rank whose process group exists, and return the rows of metrics, which are written nowhere."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_hyperp.data.tokenizer import load_tokenizer
+    from megatron_hyperp.training.loop import Trainer
+
+    trainer = Trainer(config.resolve(world_size=dist.get_world_size()), load_tokenizer(f"null:{VOCABULARY}"), None)
+    rows: list[dict[str, Any]] = []
+    trainer.writer.write = rows.append  # type: ignore[method-assign,assignment]
+    trainer.train()
+    trainer.close_reports()
+    parallel_state.destroy_model_parallel()
+    return rows

@@ -36,16 +36,9 @@ from benchmarks.moe_granularity.tables import (
     vertex,
     write,
 )
+from benchmarks.optimizer_step.measuring import SETTINGS
 from megatron_hyperp.errors import UsageError, run_command
 
-# Of the workers. Memory that is freed stays with the process: fresh pages cost a third of the time.
-SETTINGS = {
-    "CUDA_VISIBLE_DEVICES": "",
-    "OMP_NUM_THREADS": "1",
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
-}
 # Losses of each seed, by power of 2 of the learning rate.
 Losses = dict[int, list[float]]
 # K, of the parts start and trained, and of transfer.

@@ -26,7 +26,7 @@ from megatron_hyperp.optim.buckets import Bucket
 from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
 from megatron_hyperp.optim.distributed import HyperPOptimizer, get_hyperp_optimizer
 from megatron_hyperp.optim.routing import route
-from megatron_hyperp.optim.tensor_parallel import AUTO, MACHINES, STRATEGIES, Cost, Job, choose, costs
+from megatron_hyperp.optim.tensor_parallel import AUTO, MACHINES, STRATEGIES, Cost, Job, costs, taken
 from megatron_hyperp.parameters import REPLICATED, mark_expert_parameters, named_parameters
 from megatron_hyperp.planning.inventory import shapes
 
@@ -167,10 +167,7 @@ def planned(optimizer: HyperPOptimizer, strategy: str) -> list[Cost]:
         first = family.routes[0]
         if first.orthogonalized:
             job = Job(len(family.routes), first.shape[0], first.shape[1], family.share_dim, family.share_group.size())
-            predicted = costs(job, newton_schulz)
-            # Where nothing is shared there is no strategy.
-            known = strategy if strategy in predicted else choose(job, newton_schulz, MACHINES["cpu"])
-            result.append(predicted[known])
+            result.append(costs(job, newton_schulz)[taken(job, newton_schulz, MACHINES["cpu"], strategy)])
     return result
 
 

@@ -20,6 +20,7 @@ from megatron_hyperp import device
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.tensor_parallel import AUTO, MACHINES
 from megatron_hyperp.planning.inventory import shapes
+from megatron_hyperp.text import aligned
 from megatron_hyperp.training.loop import initialize_megatron
 
 if TYPE_CHECKING:
@@ -127,5 +128,4 @@ def table(figures: Mapping[str, Sequence[float]]) -> str:
             digits = 0 if unit == 1.0 else 1
             cells.append(f"{unit * value:.{digits}f} ({value / base:.2f})" if value else "-")
         rows.append(cells)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(aligned(rows, right=lambda column: True))

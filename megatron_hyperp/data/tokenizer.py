@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.files import write_atomically
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MODEL_TYPES = ("bpe", "unigram")
@@ -286,19 +287,8 @@ def train_sentencepiece(
             f"a vocabulary of {vocab_size} cannot be trained on these texts: {_one_line(error).rpartition('] ')[2]}"
         ) from error
     path = Path(f"{os.fspath(prefix)}.model")
-    _write_atomically(path, model.getvalue())
+    write_atomically(path, model.getvalue(), remedy="choose another --output")
     return path
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a killed run leaves either the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}; choose another --output") from error
 
 
 def _read_eos_token(config: Path) -> str | None:

@@ -173,32 +173,21 @@ class Emulation:
         return quantized(weight, "e4m3", self.recipe.scaling, group=self.group, square=True)
 
 
-class Fp8ColumnParallelLinear(ColumnParallelLinear):  # type: ignore[misc]  # Megatron-Core has no types
-    """Megatron-Core's column-parallel layer in emulated FP8, where the recipe applies to its transformer layer."""
+class _Emulated:
+    """A linear layer of Megatron-Core in emulated FP8, where a recipe applies to its transformer layer."""
 
     fp8: Emulation | None = None
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return _product(self.fp8, super()._forward_impl, input, weight, *args, **kwargs)
+        product = super()._forward_impl  # type: ignore[misc]  # of the class beside this one
+        if self.fp8 is None:
+            return product(input, weight, *args, **kwargs)
+        return self.fp8.output(product(self.fp8.input(input), self.fp8.weight(weight), *args, **kwargs))
 
 
-class Fp8RowParallelLinear(RowParallelLinear):  # type: ignore[misc]  # Megatron-Core has no types
-    """Megatron-Core's row-parallel layer likewise."""
-
-    fp8: Emulation | None = None
-
-    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return _product(self.fp8, super()._forward_impl, input, weight, *args, **kwargs)
+class Fp8ColumnParallelLinear(_Emulated, ColumnParallelLinear):  # type: ignore[misc]  # Megatron-Core has no types
+    """Megatron-Core's column-parallel layer, able to emulate FP8."""
 
 
-def _product(
-    fp8: Emulation | None,
-    product: Callable[..., torch.Tensor],
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    *args: Any,
-    **kwargs: Any,
-) -> torch.Tensor:
-    if fp8 is None:
-        return product(x, weight, *args, **kwargs)
-    return fp8.output(product(fp8.input(x), fp8.weight(weight), *args, **kwargs))
+class Fp8RowParallelLinear(_Emulated, RowParallelLinear):  # type: ignore[misc]  # Megatron-Core has no types
+    """Megatron-Core's row-parallel layer, able to emulate FP8."""

@@ -51,7 +51,7 @@ class _Stack:
 
     @property
     def stride(self) -> int:
-        return _aligned(self.parameters[0].numel())
+        return aligned(self.parameters[0].numel())
 
     @property
     def size(self) -> int:
@@ -116,7 +116,7 @@ class Bucket:
         stacks = _alike(self.parameters, shares)
         fill, offsets, self._copied = _arrange(stacks, group.size())
         # One collective moves equal slots.
-        shape = (group.size(), _aligned(max(fill)))
+        shape = (group.size(), aligned(max(fill)))
         self.gradients, self.weights = self._buffers(shape)
         self.padding = self.gradients.numel() / sum(fill) - 1.0
         # What several ranks share lives beside the slots.
@@ -233,7 +233,8 @@ def _arrange(
     return fill, offsets, copied
 
 
-def _aligned(elements: int) -> int:
+def aligned(elements: int) -> int:
+    """Elements that a tensor takes in a slot."""
     return -(-elements // ALIGNMENT) * ALIGNMENT
 
 

@@ -103,13 +103,6 @@ class HyperPOptimizer(MegatronOptimizer):
     def _on_sphere(self) -> list[Family]:
         return [family for family in self.families if family.rule in SPHERE_RULES]
 
-    def _matrices_off_sphere(self) -> list[Family]:
-        return [
-            family
-            for family in self.families
-            if family.rule not in SPHERE_RULES and family.routes[0].role in MATRIX_ROLES
-        ]
-
     def _squared_norms(self) -> list[torch.Tensor]:
         """Return ||W||^2 of the global matrices of every family on the sphere."""
         squares = [
@@ -126,7 +119,7 @@ class HyperPOptimizer(MegatronOptimizer):
         All matrices of the model part take one all-reduce. Each has a place in it, so that sums do not depend on how
         many ranks add nothing.
         """
-        families = self._on_sphere() if on_sphere else self._matrices_off_sphere()
+        families = self._on_sphere() if on_sphere else list(filter(_is_matrix_off_sphere, self.families))
         result = list(values)
         for domain, places in zip(self.domains, self._places[on_sphere], strict=True):
             # On the sphere, no expert is cut over data-parallel ranks; off it, all are.
@@ -174,7 +167,7 @@ class HyperPOptimizer(MegatronOptimizer):
         for (family, direction), product in zip(on_sphere, products, strict=True):
             lr, decay = family.group["lr"], family.group["weight_decay"]
             if self.observer is not None:
-                move = lr * family.radii / product[:, 2].sqrt().clamp_min(sphere.SMALLEST_NORM)
+                move = sphere.move_of(product, radii=family.radii, lr=lr)
                 self.observer.angles(family, turned(product, shrink=1.0 - lr * decay, move=move))
             sphere.step_(family.master, direction, product, radii=family.radii, lr=lr, weight_decay=decay)
         if self.observer is not None:
@@ -191,15 +184,10 @@ class HyperPOptimizer(MegatronOptimizer):
 
     def _observe_off_sphere(self, observer: StepObserver, directions: Sequence[torch.Tensor]) -> None:
         """Note the angles that matrices off the sphere are about to turn."""
-        families = self._matrices_off_sphere()
-        moves = [
-            direction
-            for family, direction in zip(self.families, directions, strict=True)
-            if any(family is other for other in families)
-        ]
-        local = [sphere.inner_products(family.master, move) for family, move in zip(families, moves, strict=True)]
+        moves = [pair for pair in zip(self.families, directions, strict=True) if _is_matrix_off_sphere(pair[0])]
+        local = [sphere.inner_products(family.master, direction) for family, direction in moves]
         products = self._sum_over_parts(local, width=3, on_sphere=False)
-        for family, product in zip(families, products, strict=True):
+        for (family, _), product in zip(moves, products, strict=True):
             lr, decay = family.group["lr"], family.group["weight_decay"]
             observer.angles(family, turned(product, shrink=1.0 - lr * decay, move=lr * _flat_scale(family)))
 
@@ -353,6 +341,10 @@ class HyperPOptimizer(MegatronOptimizer):
             for family in self.families
         ]
         return {**self.state_dict(), "state": state}
+
+
+def _is_matrix_off_sphere(family: Family) -> bool:
+    return family.rule not in SPHERE_RULES and family.routes[0].role in MATRIX_ROLES
 
 
 def _weight_in_norms(family: Family) -> float:

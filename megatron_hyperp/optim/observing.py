@@ -48,24 +48,33 @@ def turned(products: torch.Tensor, *, shrink: float, move: torch.Tensor | float)
 
 
 class StepObserver:
-    """Collects what one step does.
+    """Collects what a step does; one object serves all steps that are observed.
 
     Args:
         layers: of the whole model.
+        families: what this rank owns.
     """
 
-    def __init__(self, layers: int) -> None:
+    def __init__(self, layers: int, families: Sequence[Family]) -> None:
         home = device.device()
         self._squares = torch.zeros(len(GROUPS), dtype=torch.float64, device=home)
         # [angle or drift, layer, group]; a rank leaves 0 where it holds nothing.
         self._largest = torch.zeros((2, layers, len(MATRIX_GROUPS)), dtype=torch.float64, device=home)
-        self._reduced = False
+        # Names are looked at here, once: experts come by the thousand.
+        self._groups, self._places = (
+            {id(family): torch.tensor(numbers(family), dtype=torch.long, device=home) for family in families}
+            for numbers in (_groups, _places)
+        )
+
+    def clear(self) -> None:
+        """Forget the step before."""
+        self._squares.zero_()
+        self._largest.zero_()
 
     def gradients(self, family: Family, gradients: torch.Tensor, weight: float) -> None:
         """Take in a family's gradients [count, rows, columns]; ``weight`` is 0 for copies that others count."""
-        groups = [GROUPS.index(group_of(entry.name, entry.role)) for entry in family.routes]
         squares = weight * (gradients * gradients).sum(dim=(1, 2), dtype=torch.float64)
-        self._squares.index_add_(0, torch.tensor(groups, device=squares.device), squares)
+        self._squares.index_add_(0, self._groups[id(family)], squares)
 
     def angles(self, family: Family, angles: torch.Tensor) -> None:
         """Take in the angles [count] that the matrices of a family turn."""
@@ -76,28 +85,22 @@ class StepObserver:
         self._take(1, family, drifts)
 
     def _take(self, which: int, family: Family, values: torch.Tensor) -> None:
-        places = []
-        for entry in family.routes:
-            layer, group = _LAYER.search(entry.name), group_of(entry.name, entry.role)
-            inside = layer is not None and group in MATRIX_GROUPS
-            places.append(int(layer[1]) * len(MATRIX_GROUPS) + MATRIX_GROUPS.index(group) if layer and inside else -1)
-        index = torch.tensor(places, device=values.device)
-        flat = self._largest[which].view(-1)
-        flat.scatter_reduce_(0, index[index >= 0], values.to(flat.dtype)[index >= 0], "amax")
+        places = self._places[id(family)]
+        if len(places):
+            flat = self._largest[which].view(-1)
+            flat.scatter_reduce_(0, places, values.to(flat.dtype), "amax")
 
     def reduce(self, group: dist.ProcessGroup) -> None:
         """Take the sums and the largest values over all ranks; a collective call."""
         dist.all_reduce(self._squares, group=group)
         dist.all_reduce(self._largest, op=dist.ReduceOp.MAX, group=group)
-        self._reduced = True
 
     def metrics(self, present: Sequence[str]) -> dict[str, float | list[float]]:
-        """Return what was seen: a norm for each group, per layer the largest angle of a group and the largest drift.
+        """Return what was seen, after :meth:`reduce`: norms by group, and per layer the largest angles and drift.
 
         Args:
             present: groups that the model has.
         """
-        assert self._reduced
         norms = self._squares.sqrt().tolist()
         result: dict[str, float | list[float]] = {
             f"grad_norm_{name}": value for name, value in zip(GROUPS, norms, strict=True) if name in present
@@ -109,3 +112,19 @@ class StepObserver:
                 result[f"angle_{name}_per_layer"] = angles[:, index].tolist()
         result["radius_drift_per_layer"] = drifts.amax(dim=1).tolist()
         return result
+
+
+def _groups(family: Family) -> list[int]:
+    """Group of each parameter of a family."""
+    return [GROUPS.index(group_of(entry.name, entry.role)) for entry in family.routes]
+
+
+def _places(family: Family) -> list[int]:
+    """Layer and group of each matrix of a family, as one number; none for a family that is of no layer."""
+    places = []
+    for entry in family.routes:
+        layer, group = _LAYER.search(entry.name), group_of(entry.name, entry.role)
+        if layer and group in MATRIX_GROUPS:
+            places.append(int(layer[1]) * len(MATRIX_GROUPS) + MATRIX_GROUPS.index(group))
+    assert len(places) in (0, len(family.routes))
+    return places

@@ -12,6 +12,7 @@ import torch
 from megatron_hyperp.config import Config, width_multiplier
 from megatron_hyperp.optim.sphere import sphere_radius
 from megatron_hyperp.parameters import DISTINCT, REPLICATED, Block, global_shape, is_expert, partition_dim, role_of
+from megatron_hyperp.text import aligned
 
 Rule = Literal["muonh", "adamh", "muon", "adamw"]
 
@@ -193,7 +194,4 @@ def describe(routes: Iterable[Route]) -> str:
         rows[key] = rows.get(key, 0) + 1
     table = [("parameter", "rule", "global shape", "radius", "lr x", "count")]
     table += [(*key, str(count)) for key, count in rows.items()]
-    widths = [max(len(row[column]) for row in table) for column in range(6)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in table
-    )
+    return "\n".join(aligned(table))

@@ -45,6 +45,11 @@ def inner_products(weights: torch.Tensor, directions: torch.Tensor) -> torch.Ten
     return torch.stack([(x * y).sum(dim=(1, 2), dtype=torch.float64) for x, y in pairs], dim=1)
 
 
+def move_of(products: torch.Tensor, *, radii: torch.Tensor, lr: float) -> torch.Tensor:
+    """Return lr R / ||U||, the factor on U that makes the step a fraction of the radius, [count]; as :func:`step_`."""
+    return lr * radii / products[:, 2].sqrt().clamp_min(SMALLEST_NORM)
+
+
 def step_(
     weights: torch.Tensor,
     directions: torch.Tensor,
@@ -69,7 +74,7 @@ def step_(
     """
     ww, wu, uu = products.unbind(dim=1)
     shrink = 1.0 - lr * weight_decay
-    move = lr * radii / uu.sqrt().clamp_min(SMALLEST_NORM)
+    move = move_of(products, radii=radii, lr=lr)
     moved = (shrink * shrink * ww - 2.0 * shrink * move * wu + move * move * uu).clamp_min(0.0).sqrt()
     retract = radii / moved.clamp_min(SMALLEST_NORM)
     weights.mul_(_column(retract * shrink, weights)).sub_(directions * _column(retract * move, weights))

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from megatron_hyperp import device
 from megatron_hyperp.optim.orthogonalize import SMALLEST_NORM, NewtonSchulz, gram_polynomial, symmetric_product
 from megatron_hyperp.parameters import REPLICATED
+from megatron_hyperp.text import aligned
 
 AUTO = "auto"
 
@@ -308,10 +309,14 @@ def choose(job: Job, newton_schulz: NewtonSchulz, rates: Machine) -> str:
     return min(predicted, key=lambda strategy: predicted[strategy].seconds(rates))
 
 
+def taken(job: Job, newton_schulz: NewtonSchulz, rates: Machine, strategy: str) -> str:
+    """Return the strategy that a job gets: the one asked for, or the fastest under AUTO or where that cannot serve."""
+    return strategy if strategy in costs(job, newton_schulz) else choose(job, newton_schulz, rates)
+
+
 def predicted_seconds(job: Job, newton_schulz: NewtonSchulz, rates: Machine, strategy: str = AUTO) -> float:
-    """Return the predicted time of a job under a strategy, or under the fastest if that one cannot serve it."""
-    predicted = costs(job, newton_schulz)
-    return predicted.get(strategy, predicted[choose(job, newton_schulz, rates)]).seconds(rates)
+    """Return the predicted time of a job under the strategy that it gets."""
+    return costs(job, newton_schulz)[taken(job, newton_schulz, rates, strategy)].seconds(rates)
 
 
 def describe(jobs: Sequence[Job], newton_schulz: NewtonSchulz, rates: Machine, strategy: str) -> str:
@@ -319,11 +324,9 @@ def describe(jobs: Sequence[Job], newton_schulz: NewtonSchulz, rates: Machine, s
     rows = [("matrices", "split", "form", "strategy", *(f"{name} ms" for name in STRATEGIES))]
     for job in jobs:
         predicted = costs(job, newton_schulz)
-        taken = choose(job, newton_schulz, rates) if strategy == AUTO else strategy
+        used = choose(job, newton_schulz, rates) if strategy == AUTO else strategy
         split = {REPLICATED: "-", 0: "rows", 1: "columns"}[job.partition_dim]
         times = [f"{1e3 * predicted[name].seconds(rates):.2f}" if name in predicted else "-" for name in STRATEGIES]
         form = newton_schulz.form_of(job.rows, job.columns)
-        rows.append((f"{job.count} of {job.rows} x {job.columns}", split, form, taken, *times))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-    return "\n".join(lines)
+        rows.append((f"{job.count} of {job.rows} x {job.columns}", split, form, used, *times))
+    return "\n".join(aligned(rows))

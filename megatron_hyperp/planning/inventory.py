@@ -55,10 +55,10 @@ def stage_parameters(config: Config, stage: int) -> list[tuple[str, torch.nn.Par
 def _local(item: Shape, config: Config, dtype: torch.dtype) -> torch.nn.Parameter:
     parallel = config.parallel
     ranks = parallel.expert_tensor_parallel_size if item.expert else parallel.tensor_model_parallel_size
-    split = item.partition_dim if ranks > 1 else REPLICATED
+    # Marked as in the built model: alone, too, unless it is an expert's.
+    split = REPLICATED if item.expert and ranks == 1 else item.partition_dim
     shape = [size // ranks if dim == split else size for dim, size in enumerate(item.shape)]
     parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"))
-    # As Megatron-Core marks them.
     parameter.allreduce = not item.expert  # type: ignore[attr-defined]
     parameter.tensor_model_parallel = split != REPLICATED  # type: ignore[attr-defined]
     parameter.partition_dim = split  # type: ignore[attr-defined]

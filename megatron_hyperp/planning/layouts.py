@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
-from megatron_hyperp.config import Config, data_parallel_size
+from megatron_hyperp.config import Config, data_parallel_size, micro_batches
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.estimate import train_flops_per_token
 from megatron_hyperp.hardware import GIB, Gpu
-from megatron_hyperp.planning.memory import Holding, Memory, holdings, micro_batches, stage_memory
+from megatron_hyperp.planning.memory import Holding, Memory, holdings, stage_memory
 from megatron_hyperp.planning.traffic import NewtonSchulzCost, Traffic, newton_schulz_cost, traffic
 
 # Full recomputation runs the forward pass, a third of the FLOPs, once more.
@@ -44,6 +44,11 @@ class Cluster:
     def usable(self) -> float:
         """Bytes of one GPU."""
         return self.memory_fraction * self.gpu.memory
+
+    @property
+    def flops_per_s(self) -> float:
+        """Of all GPUs at the expected MFU."""
+        return self.gpus * self.gpu.tflops * 1e12 * self.mfu
 
     def bytes_per_s(self, ranks: int) -> float:
         """Rate at which a GPU sends to a group of so many neighbouring ranks."""
@@ -172,12 +177,13 @@ def _held(config: Config, world_size: int) -> dict[int, list[Holding]]:
 def evaluate(config: Config, cluster: Cluster, by_stage: dict[int, list[Holding]] | None = None) -> Layout:
     """Return what a resolved config's layout costs; ``by_stage`` is what its ranks hold, if that is known already."""
     by_stage = by_stage or _held(config, cluster.gpus)
-    memory = max((stage_memory(config, stage, held) for stage, held in by_stage.items()), key=lambda item: item.total)
+    by_memory = (stage_memory(config, cluster.gpus, stage, held) for stage, held in by_stage.items())
+    memory = max(by_memory, key=lambda item: item.total)
     held = by_stage[min(by_stage, key=lambda stage: abs(stage - 1))]
     sent = traffic(config, cluster.gpus, held)
     flops = train_flops_per_token(config.model, config.moe) * config.batch_tokens
     newton_schulz = newton_schulz_cost(config, cluster.gpus, held, flops)
-    compute = flops / (cluster.gpus * cluster.gpu.tflops * 1e12 * cluster.mfu)
+    compute = flops / cluster.flops_per_s
     seconds = compute * RECOMPUTED[config.training.recompute_granularity] * (1 + bubble(config, cluster.gpus))
     seconds += _exposed(config, cluster, sent, compute) + newton_schulz.seconds
     return Layout(config, cluster.gpus, memory, sent, newton_schulz, seconds)
@@ -187,11 +193,7 @@ def bubble(config: Config, world_size: int) -> float:
     """Idle time of the pipeline over its working time, (p - 1) / (m v) (Narayanan et al., arXiv 2104.04473)."""
     parallel = config.parallel
     idle = parallel.pipeline_model_parallel_size - 1
-    return (
-        idle
-        / micro_batches(config, data_parallel_size(config, world_size))
-        / parallel.num_virtual_stages_per_pipeline_rank
-    )
+    return idle / micro_batches(config, world_size) / parallel.num_virtual_stages_per_pipeline_rank
 
 
 def _exposed(config: Config, cluster: Cluster, sent: Traffic, compute: float) -> float:

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from megatron_hyperp.config import Config
-from megatron_hyperp.optim.buckets import ALIGNMENT
+from megatron_hyperp.config import Config, micro_batches
+from megatron_hyperp.optim.buckets import aligned
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from megatron_hyperp.optim.ownership import Plan, plan_ownership
 from megatron_hyperp.optim.routing import MUON_RULES, Route, routes_of
@@ -67,19 +67,12 @@ class Holding:
         plan: of ownership.
         data: ranks that replicate them.
         tensor: ranks that share each matrix.
-        expert: whether they are those of experts.
     """
 
     routes: list[Route]
     plan: Plan
     data: int
     tensor: int
-    expert: bool
-
-    @property
-    def elements(self) -> int:
-        """Elements of the parameters on the rank."""
-        return sum(parameter.numel() for parameter in self._parameters())
 
     def _parameters(self) -> Iterable[torch.nn.Parameter]:
         return {id(entry.parameter): entry.parameter for entry in self.routes}.values()
@@ -91,8 +84,8 @@ class Holding:
         for piece in self.plan.pieces:
             owners.setdefault(id(self.routes[piece.route].parameter), set()).add(piece.rank)
             fill[piece.rank] += piece.block.numel
-        beside = sum(_aligned(item.numel()) for item in self._parameters() if len(owners[id(item)]) > 1)
-        return self.data * _aligned(max(fill)) + beside
+        beside = sum(aligned(item.numel()) for item in self._parameters() if len(owners[id(item)]) > 1)
+        return self.data * aligned(max(fill)) + beside
 
     def owned(self) -> tuple[int, int]:
         """Elements that the fullest rank owns, and how many of those are a Muon matrix's."""
@@ -138,11 +131,11 @@ def _holding(config: Config, routes: list[Route], data: int, tensor: int, load: 
         loads=[load] * data,
         teams=not is_expert(routes[0].parameter),
     )
-    return Holding(routes, plan, data, tensor, is_expert(routes[0].parameter))
+    return Holding(routes, plan, data, tensor)
 
 
-def stage_memory(config: Config, stage: int, held: Sequence[Holding]) -> Memory:
-    """Return the bytes on the fullest rank of one stage; ``held`` is of :func:`holdings`."""
+def stage_memory(config: Config, world_size: int, stage: int, held: Sequence[Holding]) -> Memory:
+    """Return the bytes on the fullest rank of one stage; ``held`` is of :func:`holdings`, with the same arguments."""
     weight, momentum = (2 if config.training.bf16 else 4), (2 if config.optimizer.momentum_dtype == "bf16" else 4)
     buffered = owned = moments = 0
     for holding in held:
@@ -155,15 +148,6 @@ def stage_memory(config: Config, stage: int, held: Sequence[Holding]) -> Memory:
         gradients=4 * buffered,
         master=4 * owned,
         momentum=moments,
-        activations=activation_bytes(config, stage, micro_batches(config, held[0].data)),
+        activations=activation_bytes(config, stage, micro_batches(config, world_size)),
         step=8 * owned,
     )
-
-
-def micro_batches(config: Config, data_parallel_size: int) -> int:
-    """Micro-batches that each rank sees in a step."""
-    return config.training.global_batch_size // config.training.micro_batch_size // data_parallel_size
-
-
-def _aligned(elements: int) -> int:
-    return -(-elements // ALIGNMENT) * ALIGNMENT

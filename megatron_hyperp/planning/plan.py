@@ -13,6 +13,7 @@ from megatron_hyperp.config import Config
 from megatron_hyperp.estimate import parameter_count, train_flops_per_token
 from megatron_hyperp.hardware import GIB
 from megatron_hyperp.planning.layouts import Cluster, Layout, Rejected, layouts, to_dict
+from megatron_hyperp.text import aligned
 from megatron_hyperp.transfer import LearningRate
 
 # Of the paper, for plans made before there is a tokenizer.
@@ -46,7 +47,7 @@ class RunPlan:
     @property
     def hours(self) -> float:
         """Time on the cluster at the expected MFU."""
-        return self.flops / (self.cluster.gpus * self.cluster.gpu.tflops * 1e12 * self.cluster.mfu) / 3600
+        return self.flops / self.cluster.flops_per_s / 3600
 
     @property
     def learning_rate(self) -> LearningRate:
@@ -174,15 +175,7 @@ def _memory_table(found: list[Layout]) -> list[str]:
     for layout in found:
         cells = [f"{value / GIB:.2f}" for value in layout.memory.to_dict().values()]
         rows.append([layout.describe(), *cells, f"{layout.seconds:.2f} s"])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(width) if not index else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+    return ["  " + line for line in aligned(rows, right=lambda column: column > 0)]
 
 
 def _cost_lines(layout: Layout) -> list[str]:

@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_hyperp.config import Config
+from megatron_hyperp.config import Config, micro_batches
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
-from megatron_hyperp.optim.tensor_parallel import AUTO, Job, choose, costs, machine
+from megatron_hyperp.optim.tensor_parallel import Cost, Job, costs, machine, taken
 from megatron_hyperp.parameters import DISTINCT
-from megatron_hyperp.planning.memory import Holding, micro_batches
+from megatron_hyperp.planning.memory import Holding
 
 GRADIENT_BYTES = 4
 
@@ -72,7 +72,7 @@ def traffic(config: Config, world_size: int, held: Sequence[Holding]) -> Traffic
         parallel.expert_model_parallel_size,
     )
     itemsize = 2 if training.bf16 else 4
-    count, layers = micro_batches(config, held[0].data), model.num_layers // pp
+    count, layers = micro_batches(config, world_size), model.num_layers // pp
     tokens = training.micro_batch_size * model.seq_length
     hidden = float(tokens * model.hidden_size * itemsize)
     # An all-reduce, or a reduce-scatter and an all-gather, around attention and around the MLP, forward and backward;
@@ -89,7 +89,7 @@ def traffic(config: Config, world_size: int, held: Sequence[Holding]) -> Traffic
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     pipeline = 2 * virtual * hidden / (tp if parallel.sequence_parallel else 1) if pp > 1 else 0.0
     data = sum(item.buffered() * (GRADIENT_BYTES + itemsize) * _others(item.data) for item in held)
-    sent = sum(costs(job, NewtonSchulz.of(config.optimizer))[taken].sent for job, taken in _jobs(config, held))
+    sent = sum(cost.sent for cost in _newton_schulz(config, held))
     return Traffic(count * tensor, count * expert, count * pipeline, data, sent)
 
 
@@ -97,15 +97,14 @@ def newton_schulz_cost(
     config: Config, world_size: int, held: Sequence[Holding], flops_per_step: float
 ) -> NewtonSchulzCost:
     """Return what orthogonalization needs on the busiest rank; ``flops_per_step`` are the model's, over all ranks."""
-    newton_schulz = NewtonSchulz.of(config.optimizer)
-    flops = sum(costs(job, newton_schulz)[taken].flops for job, taken in _jobs(config, held))
+    flops = sum(cost.flops for cost in _newton_schulz(config, held))
     # Experts are dealt out on top of the other matrices' work.
     seconds = max(held[-1].plan.loads)
     return NewtonSchulzCost(flops, seconds, flops * world_size / flops_per_step)
 
 
-def _jobs(config: Config, held: Sequence[Holding]) -> list[tuple[Job, str]]:
-    """Return the families of the rank that owns most, and the strategy for each."""
+def _newton_schulz(config: Config, held: Sequence[Holding]) -> list[Cost]:
+    """Return what each family costs the rank that owns most."""
     newton_schulz, rates = NewtonSchulz.of(config.optimizer), machine()
     result = []
     for item in held:
@@ -120,7 +119,5 @@ def _jobs(config: Config, held: Sequence[Holding]) -> list[tuple[Job, str]]:
         for (shape, dim, team), count in families.items():
             ranks = 1 if dim == DISTINCT else item.tensor * team
             job = Job(count, shape[0], shape[1], dim, ranks)
-            known = costs(job, newton_schulz)
-            wish = config.optimizer.ns_strategy
-            result.append((job, wish if wish != AUTO and wish in known else choose(job, newton_schulz, rates)))
+            result.append(costs(job, newton_schulz)[taken(job, newton_schulz, rates, config.optimizer.ns_strategy)])
     return result

@@ -15,11 +15,10 @@ import yaml
 from megatron_hyperp import arguments, estimate
 from megatron_hyperp.config import Config
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.training.logging import EVENTS_FILE, METRICS_FILE, kind_of, read_events, read_metrics
+from megatron_hyperp.training.logging import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, kind_of, read_events, read_metrics
 from megatron_hyperp.training.profiling import FOLDER as PROFILE_FOLDER
 
 Row = dict[str, Any]
-CONFIG_FILE = "config.yaml"
 PER_LAYER = "_per_layer"
 
 

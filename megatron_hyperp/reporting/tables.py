@@ -13,6 +13,7 @@ from typing import Any
 from megatron_hyperp.reporting.drawing import amount, colours
 from megatron_hyperp.reporting.heatmaps import INDICATORS, indicators
 from megatron_hyperp.reporting.runs import PER_LAYER, Row, Run, number
+from megatron_hyperp.training.logging import duration
 
 ABSENT = "–"
 MOST_EVENTS = 500
@@ -65,13 +66,6 @@ def chip(name: str, colour: str) -> Html:
 def chips(runs: Sequence[Run]) -> list[Html]:
     """A chip for each run."""
     return [chip(run.name, colour) for run, colour in zip(runs, colours(len(runs)), strict=True)]
-
-
-def duration(seconds: float) -> str:
-    """Seconds as 0:07, 12:34 or 1:02:03."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _number(value: float | None, form: str = ".4f") -> str:

@@ -7,13 +7,13 @@ import fcntl
 import io
 import json
 import math
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.files import write_atomically
 from megatron_hyperp.scaling.point import CONTRACT, Point, key_of
 from megatron_hyperp.training.logging import METRICS_FILE, read_metrics
 
@@ -85,17 +85,6 @@ def last_line(folder: Path) -> str:
         lines = (folder / LOG_FILE).read_text(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "")
     return ""
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that a killed process leaves either the old one or the new one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror}; choose another place") from error
 
 
 class Ledger:

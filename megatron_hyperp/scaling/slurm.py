@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.scaling.ledger import write_atomically
+from megatron_hyperp.files import write_atomically
 from megatron_hyperp.scaling.spec import Spec
 
 SCRIPT_FILE = "sweep.sbatch"

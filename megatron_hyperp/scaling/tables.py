@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_hyperp import text
 from megatron_hyperp.scaling.analysis import GRID_STEP, Base, LeveragePoint, LossFit, TokenFit, Tuned, recipe_of
 from megatron_hyperp.scaling.fit import PowerLaw
 from megatron_hyperp.scaling.groups import shown
@@ -18,13 +19,9 @@ NONE = "-"
 
 def aligned(rows: Sequence[Mapping[str, str]]) -> str:
     """Return a table of rows with the same keys, its columns; what is no number is flush left."""
-    columns = []
-    for name in rows[0]:
-        cells = [row[name] for row in rows]
-        width = max(map(len, [name, *cells]))
-        numbers = all(cell == NONE or _is_number(cell) for cell in cells)
-        columns.append([cell.rjust(width) if numbers else cell.ljust(width) for cell in [name, *cells]])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
+    numbers = [all(row[name] == NONE or _is_number(row[name]) for row in rows) for name in rows[0]]
+    cells = [list(rows[0]), *(list(row.values()) for row in rows)]
+    return "\n".join(text.aligned(cells, right=numbers.__getitem__))
 
 
 def _is_number(cell: str) -> bool:

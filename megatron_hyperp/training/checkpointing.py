@@ -24,9 +24,9 @@ import torch.distributed as dist
 from megatron_hyperp import __version__, arguments
 from megatron_hyperp.config import Config
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.training.logging import CONFIG_FILE
 
 TRACKER = "latest_checkpointed_iteration.txt"
-CONFIG_FILE = "config.yaml"
 # What must agree for weights to fit: everything the forward pass depends on.
 ARCHITECTURE = (
     *arguments.DERIVED_SIZES,

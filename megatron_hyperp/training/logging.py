@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from megatron_hyperp.config import Config
 
+CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 EVENTS_FILE = "events.jsonl"
 # Rows that a slow sink may leave waiting, and seconds that it gets at the end.
@@ -309,7 +310,7 @@ class Console:
         if "mfu" in row:
             parts.append(f"MFU {100 * row['mfu']:.1f}%")
         if iteration > self._first:
-            parts.append(f"ETA {_duration(pace * (self._total - iteration))}")
+            parts.append(f"ETA {duration(pace * (self._total - iteration))}")
         if row["skipped"]:
             parts.append(f"skipped {row['skipped']}")
         line = " | ".join(parts)
@@ -319,7 +320,8 @@ class Console:
             self.print(line)
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
+def duration(seconds: float) -> str:
+    """Seconds as 0:07, 12:34 or 1:02:03."""
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,18 +13,19 @@ import torch
 import torch.distributed as dist
 
 from megatron_hyperp import device, estimate
-from megatron_hyperp.config import Config, data_parallel_size
+from megatron_hyperp.config import Config, data_parallel_size, micro_batches
 from megatron_hyperp.data import loader
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training import checkpointing
 from megatron_hyperp.training.alarms import ACTIONS, Alarms
 from megatron_hyperp.training.checkpointing import Progress
-from megatron_hyperp.training.logging import EVENTS_FILE, METRICS_FILE, Console, MetricsWriter
+from megatron_hyperp.training.forward import Batches, forward_step
+from megatron_hyperp.training.logging import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, Console, MetricsWriter
+from megatron_hyperp.training.meter import Meter
 from megatron_hyperp.training.phases import Phases
 from megatron_hyperp.training.preflight import agree, check
 from megatron_hyperp.training.profiling import FOLDER, Profiler
 
-Batches = Iterator[dict[str, torch.Tensor]]
 SKIPS_IN_A_ROW = 20
 
 
@@ -242,7 +242,8 @@ class Trainer:
             lr, watched = self._base_lr(), self.stability.due(self.progress.iteration + 1)
             self.profiler.before(self.progress.iteration + 1)
             with self.stability.watch() if watched else nullcontext():
-                losses = self._train_batch(batches)
+                with self.phases.phase("forward-backward"):
+                    losses = self._train_batch(batches)
                 with self.phases.phase("optimizer"):
                     taken, grad_norm, _ = self.optimizer.step()
             self._watch_skips(taken)
@@ -306,7 +307,7 @@ class Trainer:
             say(f"best held-out loss {self._losses[best]:.4f} at iteration {best}")
         say(f"time: {self.phases.describe()}")
         folder = Path(config.logging.run_dir)
-        files = [name for name in (METRICS_FILE, EVENTS_FILE, "config.yaml", FOLDER) if (folder / name).exists()]
+        files = [name for name in (METRICS_FILE, EVENTS_FILE, CONFIG_FILE, FOLDER) if (folder / name).exists()]
         say(
             f"files: {', '.join(str(folder / name) for name in files)}"
             + (f"; checkpoints in {config.checkpoint.save}" if config.checkpoint.save else "")
@@ -331,7 +332,9 @@ class Trainer:
         if self.balance is None:
             return self._forward_backward(batches, forward_only=False)
         if self.config.moe.moe_balance_statistics == "exact":
-            held = [list(itertools.islice(iterator, self._micro_batches())) for iterator in batches]
+            held = [
+                list(itertools.islice(iterator, micro_batches(self.config, self.world_size))) for iterator in batches
+            ]
             self.balance.looks_ahead = True
             with torch.no_grad():
                 self._forward_backward([iter(chunk) for chunk in held], forward_only=True)
@@ -341,12 +344,6 @@ class Trainer:
         losses = self._forward_backward(batches, forward_only=False)
         self.balance.finish()
         return losses
-
-    def _micro_batches(self) -> int:
-        """Micro-batches of a step on each rank."""
-        training = self.config.training
-        share = training.micro_batch_size * data_parallel_size(self.config, self.world_size)
-        return training.global_batch_size // share
 
     def _forward_backward(self, batches: list[Batches], *, forward_only: bool) -> torch.Tensor:
         """Run one global batch; return this rank's [sum of losses, tokens], zeros but on the last pipeline stage."""
@@ -358,16 +355,11 @@ class Trainer:
                 chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
         step = partial(forward_step, draw=self.phases.around("data", next))
-        run = (
-            self.phases.around("forward-backward", get_forward_backward_func())
-            if not forward_only
-            else get_forward_backward_func()
-        )
-        outputs = run(
+        outputs = get_forward_backward_func()(
             forward_step_func=step,
             data_iterator=batches if len(batches) > 1 else batches[0],
             model=self.chunks if len(self.chunks) > 1 else self.chunks[0],
-            num_microbatches=self._micro_batches(),
+            num_microbatches=micro_batches(self.config, self.world_size),
             seq_length=self.config.model.seq_length,
             micro_batch_size=training.micro_batch_size,
             forward_only=forward_only,
@@ -426,93 +418,3 @@ class Trainer:
 
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
-
-
-class Meter:
-    """Gathers what one log line reports.
-
-    Args:
-        trainer: the run.
-    """
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-        self._clear()
-
-    def _clear(self) -> None:
-        self._losses = torch.zeros(2, dtype=torch.float64, device=device.device())
-        self._tokens = 0
-        self._seconds = 0.0
-        self._mark = time.monotonic()
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out the time of what is not training; work that the device still does for training counts."""
-        self._read_clock()
-        yield
-        self._mark = time.monotonic()
-
-    def _read_clock(self) -> None:
-        device.synchronize()
-        now = time.monotonic()
-        self._seconds += now - self._mark
-        self._mark = now
-
-    def add(self, losses: torch.Tensor, lr: float, grad_norm: float) -> None:
-        """Take in one iteration."""
-        self._losses += losses
-        self._tokens += self._trainer.config.batch_tokens
-        self._lr, self._grad_norm = lr, grad_norm
-
-    def report(self) -> dict[str, Any]:
-        """Write, print and return the interval's row; a collective call."""
-        trainer, config = self._trainer, self._trainer.config
-        self._read_clock()
-        row: dict[str, Any] = {
-            "iteration": trainer.progress.iteration,
-            "tokens": trainer.progress.consumed_tokens,
-            "loss": trainer.global_mean(self._losses),
-            "lr": self._lr,
-            "grad_norm": self._grad_norm,
-            "tokens_per_s": self._tokens / max(self._seconds, 1e-9),
-            "radius_drift": trainer.optimizer.radius_drift(),
-            "skipped": trainer.optimizer.steps_skipped,
-        }
-        if trainer.balance is not None:
-            row.update(trainer.balance.metrics())
-        peak = config.logging.peak_tflops or device.peak_tflops()
-        if peak:
-            flops = estimate.train_flops_per_token(config.model, config.moe) * row["tokens_per_s"]
-            row["mfu"] = flops / (peak * 1e12 * trainer.world_size)
-        trainer.writer.write(row)
-        trainer.console.status(row)
-        self._clear()
-        return row
-
-
-def forward_step(
-    batches: Batches, model: torch.nn.Module, *, draw: Callable[[Batches], dict[str, torch.Tensor]] = next
-) -> tuple[torch.Tensor, Callable[..., Any]]:
-    """Megatron-Core's forward step: draw a micro-batch, run this chunk, say how its output becomes a loss."""
-    batch = {name: value.to(device.device(), non_blocking=True) for name, value in draw(batches).items()}
-    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
-    return output, partial(loss_function, batch["loss_mask"])
-
-
-def loss_function(
-    loss_mask: torch.Tensor, losses: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Sum the token losses that count.
-
-    Args:
-        loss_mask: [batch, sequence], 1 where a token counts.
-        losses: [batch, sequence].
-
-    Returns:
-        The sum, the number of tokens (both as Megatron-Core's per-token loss wants them), and a detached report.
-    """
-    mask = loss_mask.float()
-    total, tokens = (losses.float() * mask).sum(), mask.sum()
-    # A clone: Megatron-Core's schedules scale the loss in place.
-    report = torch.stack([total.detach().clone(), tokens]).double()
-    return total, tokens.int(), {"loss": report}

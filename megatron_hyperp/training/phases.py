@@ -1,4 +1,7 @@
-"""Where the time of a run goes."""
+"""Where the time of a run goes, as rank 0's host sees it.
+
+Under CUDA, what the device still works off counts for the phase in which the host waits for it.
+"""
 
 from __future__ import annotations
 

@@ -109,6 +109,7 @@ class Stability:
         self._scale = config.model.softmax_scale
         self._chunks = list(chunks)
         self._optimizer = optimizer
+        self._observer = StepObserver(self._layers, optimizer.families)
         self._balance = balance
         tensor_rank = parallel_state.get_tensor_model_parallel_rank()
         self._first = tensor_rank == 0
@@ -136,11 +137,13 @@ class Stability:
     def watch(self) -> Iterator[None]:
         """Watch forward passes and the optimizer's step until the block ends."""
         self._sums = torch.zeros((self._layers + 1, _KINDS, 2), dtype=torch.float64, device=device.device())
-        self._optimizer.observer = StepObserver(self._layers)
+        self._observer.clear()
+        self._optimizer.observer = self._observer
         hooks = [hook for chunk in self._chunks for hook in self._hooks(chunk)]
         try:
             yield
         finally:
+            self._optimizer.observer = None
             for hook in hooks:
                 hook.remove()
 
@@ -182,12 +185,10 @@ class Stability:
 
     def collect(self) -> dict[str, Any]:
         """Return the figures of the watched step; a collective call, equal on all ranks."""
-        world, observer = dist.group.WORLD, self._optimizer.observer
+        world = dist.group.WORLD
         assert world is not None
-        assert observer is not None
         dist.all_reduce(self._sums, group=world)
-        observer.reduce(world)
-        self._optimizer.observer = None
+        self._observer.reduce(world)
         means = self._sums[..., 0] / self._sums[..., 1].clamp_min(1.0)
         row: dict[str, Any] = {"output_z": float(means[-1, _ATTENTION_Z])}
         layers = means[:-1]
@@ -199,7 +200,7 @@ class Stability:
             row.update(_both("router_z", self._balance.router_z))
             row["max_vio"] = float(self._balance.max_violation().max())
             row["max_vio_per_layer"] = self._balance.max_violation().tolist()
-        row.update(observer.metrics(self._groups))
+        row.update(self._observer.metrics(self._groups))
         return row
 
 

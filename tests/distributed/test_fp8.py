@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.run_distributed import run_distributed
-from tests.toy import toy_config, write_corpus
+from tests.toy import rows_of_training, toy_config, write_corpus
 
 FP8 = {"fp8_format": "hybrid", "fp8_emulation": True}
 EXPERTS = {
@@ -41,26 +41,15 @@ TOGETHER: dict[str, dict[str, Any]] = {
 
 def train_all(prefix: str, folder: str, cases: dict[str, dict[str, Any]]) -> dict[str, tuple[list[float], float]]:
     """Train each case; return its losses and the largest radius drift."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
     from megatron_hyperp import device
-    from megatron_hyperp.data.tokenizer import load_tokenizer
-    from megatron_hyperp.training.loop import Trainer
 
     device.adapt_megatron()
     device.init_process_group(2)
     result = {}
     for title, overrides in cases.items():
         config = toy_config(prefix, Path(folder), train_iters=10, stability_interval=0, quiet=True, **overrides)
-        config = config.resolve(world_size=dist.get_world_size())
-        trainer = Trainer(config, load_tokenizer(config.data.tokenizer_model), None)
-        rows: list[dict[str, Any]] = []
-        trainer.writer.write = rows.append  # type: ignore[method-assign,assignment]
-        trainer.train()
-        trainer.close_reports()
+        rows = rows_of_training(config)
         result[title] = [row["loss"] for row in rows], max(row["radius_drift"] for row in rows)
-        parallel_state.destroy_model_parallel()
     return result
 
 

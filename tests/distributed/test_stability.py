@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.run_distributed import run_distributed
-from tests.toy import toy_config, write_corpus
+from tests.toy import rows_of_training, toy_config, write_corpus
 
 COMMON = {"train_iters": 2, "stability_interval": 1, "num_layers": 4}
 EXPERTS = {
@@ -43,28 +43,13 @@ LAYOUTS: dict[str, list[dict[str, Any]]] = {
 
 def indicators(prefix: str, folder: str, model: str, layouts: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Train for two steps under each layout; return the rows of indicators."""
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-
     from megatron_hyperp import device
-    from megatron_hyperp.data.tokenizer import load_tokenizer
     from megatron_hyperp.training.logging import kind_of
-    from megatron_hyperp.training.loop import Trainer
 
     device.adapt_megatron()
     device.init_process_group(2)
-    result = []
-    for layout in layouts:
-        config = toy_config(prefix, Path(folder), **{**COMMON, **MODELS[model], **layout})
-        config = config.resolve(world_size=dist.get_world_size())
-        trainer = Trainer(config, load_tokenizer(config.data.tokenizer_model), None)
-        rows: list[dict[str, Any]] = []
-        trainer.writer.write = rows.append  # type: ignore[method-assign,assignment]
-        trainer.train()
-        trainer.close_reports()
-        result.append([row for row in rows if kind_of(row) == "stability"])
-        parallel_state.destroy_model_parallel()
-    return result
+    configs = [toy_config(prefix, Path(folder), **{**COMMON, **MODELS[model], **layout}) for layout in layouts]
+    return [[row for row in rows_of_training(config) if kind_of(row) == "stability"] for config in configs]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import pytest
 
 from megatron_hyperp import arguments
 from megatron_hyperp.estimate import parameter_count
-from megatron_hyperp.parameters import DISTINCT, REPLICATED, role_of
+from megatron_hyperp.parameters import DISTINCT, REPLICATED, is_expert, partition_dim, role_of
+from megatron_hyperp.planning.inventory import shapes, stage_parameters
 from tests.run_distributed import run_distributed
 
 PAPER_MOE = "--moe-sparsity 8 --moe-topk 8 --moe-shared-expert"
@@ -102,6 +103,28 @@ def build_all(cases: dict[str, Case]) -> dict[str, dict[str, Parameter]]:
 def built() -> dict[str, dict[str, Parameter]]:
     [result] = run_distributed(build_all, 1, WHOLE | PARTS)
     return result
+
+
+@pytest.mark.parametrize("title", WHOLE)
+def test_planned_parameters_are_those_that_are_built(title: str, built: dict[str, dict[str, Parameter]]) -> None:
+    config = arguments.parse(WHOLE[title].flags.split(), description="").resolve()
+    assert {item.name: item.shape for item in shapes(config)} == {
+        name: item.shape for name, item in built[title].items()
+    }
+    assert {name: tuple(value.shape) for name, value in stage_parameters(config, 0)} == {
+        name: item.shape for name, item in built[title].items()
+    }
+
+
+@pytest.mark.parametrize("title", ["PP and EP rank 0", "TP rank 0"])
+def test_planned_parts_are_those_that_are_built(title: str, built: dict[str, dict[str, Parameter]]) -> None:
+    case = PARTS[title]
+    config = arguments.parse(case.flags.split(), description="").resolve(world_size=case.ranks)
+    planned = {
+        name: (tuple(value.shape), is_expert(value), partition_dim(value))
+        for name, value in stage_parameters(config, 0)
+    }
+    assert planned == {name: (item.shape, item.expert, item.split) for name, item in built[title].items()}
 
 
 @pytest.mark.parametrize("title", WHOLE)

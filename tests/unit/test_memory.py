@@ -90,7 +90,7 @@ def test_weights_gradients_and_state(title: str, measured: dict[int, list[dict[s
     config = resolve(flags, ranks)
     found = [result[title] for result in measured[ranks]]
     stages = range(config.parallel.pipeline_model_parallel_size)
-    planned = [stage_memory(config, stage, holdings(config, ranks, stage)) for stage in stages]
+    planned = [stage_memory(config, ranks, stage, holdings(config, ranks, stage)) for stage in stages]
     assert max(item.weights + item.gradients for item in planned) == pytest.approx(max(b for b, _ in found), rel=0.02)
     assert max(item.master + item.momentum for item in planned) == pytest.approx(max(s for _, s in found), rel=0.02)
     assert max(item.states for item in planned) == pytest.approx(max(sum(pair) for pair in found), rel=0.02)
