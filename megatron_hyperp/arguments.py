@@ -142,7 +142,7 @@ _TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "tru
 def _unwrap(hint: Any) -> tuple[type, bool, tuple[str, ...]]:
     """Split a field's type hint into the bare type, whether None is allowed, and the literal choices."""
     optional = False
-    if isinstance(hint, types.UnionType):
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
         optional = type(None) in typing.get_args(hint)
         (hint,) = [argument for argument in typing.get_args(hint) if argument is not type(None)]
     if typing.get_origin(hint) is typing.Literal:

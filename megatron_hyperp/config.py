@@ -214,6 +214,9 @@ class TrainingConfig:
     eval_interval: int = knob(100, "iterations between evaluations; 0 switches them off")
     eval_iters: int = knob(10, "batches per evaluation, the same ones each time")
     seed: int = knob(1234, "seed of initialisation and data order", SEED)
+    transformer_impl: Literal["local", "transformer_engine"] | None = knob(
+        None, "layers of the model: Megatron-Core's local ones, or TransformerEngine's [the latter where they can run]"
+    )
     bf16: bool = knob(False, "bf16 weights and activations; gradients, master weights and momentum stay fp32")
     fp8_format: Literal["none", "hybrid", "e4m3"] = knob(
         "none", "FP8 in the linear layers of transformer layers: e4m3 with e5m2 gradients (hybrid), or e4m3 alone"

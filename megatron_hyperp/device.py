@@ -75,10 +75,8 @@ def check_ranks() -> None:
 
 
 def describe() -> str:
-    """One line on the device, the backend and what of the optional kernels is in use."""
-    if not has_cuda():
-        return "CPU, gloo; Megatron-Core's local layers (TransformerEngine and apex need CUDA)"
-    return f"{torch.cuda.get_device_name()}, NCCL; Megatron-Core's local layers"
+    """The device and the backend."""
+    return f"{torch.cuda.get_device_name()}, NCCL" if has_cuda() else "CPU, gloo"
 
 
 def newton_schulz_dtype(name: str, *, gram: bool = False) -> torch.dtype:

@@ -414,8 +414,14 @@ def _check_fp8(config: Config) -> None:
         raise UsageError(
             "--fp8-emulation has no --fp8-recipe delayed; give tensorwise, whose scales are those of the same step"
         )
-    if training.fp8_recipe == "rowwise" and not training.fp8_emulation:
-        raise UsageError("--fp8-recipe rowwise needs --fp8-emulation; TransformerEngine has no such recipe")
+    if training.fp8_emulation:
+        if training.transformer_impl == "transformer_engine":
+            raise UsageError(
+                "--fp8-emulation is of Megatron-Core's local layers, not of --transformer-impl transformer_engine;"
+                " leave one of them out"
+            )
+    else:
+        _check_fp8_layers(config)
     if training.fp8_weight_scale == "sphere":
         if not training.fp8_emulation:
             raise UsageError(
@@ -430,4 +436,50 @@ def _check_fp8(config: Config) -> None:
             raise UsageError(
                 f"--fp8-weight-scale sphere needs weights on spheres, which --optimizer {config.optimizer.optimizer}"
                 " leaves; give hyperp or muonh"
+            )
+
+
+# TransformerEngine's products in FP8 take multiples of these numbers of elements, in every dimension.
+_FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
+
+
+def _check_fp8_layers(config: Config) -> None:
+    """Refuse what TransformerEngine's FP8 cannot do, wherever it runs."""
+    training, model, parallel, moe = config.training, config.model, config.parallel, config.moe
+    if training.transformer_impl == "local":
+        raise UsageError("--transformer-impl local has no FP8 but in emulation; leave it out, or give --fp8-emulation")
+    if training.fp8_recipe == "rowwise":
+        raise UsageError("--fp8-recipe rowwise needs --fp8-emulation; TransformerEngine has no such recipe")
+    start, end = training.num_layers_at_start_in_bf16, training.num_layers_at_end_in_bf16
+    if training.fp8_recipe == "delayed" and (start or end):
+        raise UsageError(
+            "--fp8-recipe delayed takes every layer to FP8 or none; leave out --num-layers-at-start-in-bf16 and"
+            " --num-layers-at-end-in-bf16, or give --fp8-recipe tensorwise"
+        )
+    per_stage = model.num_layers // parallel.pipeline_model_parallel_size
+    if max(start, end) > per_stage:
+        raise UsageError(
+            f"--num-layers-at-start-in-bf16 {start} and --num-layers-at-end-in-bf16 {end} can each be {per_stage} at"
+            " most, the layers of a pipeline stage; lower them"
+        )
+    tp, multiple = parallel.tensor_model_parallel_size, _FP8_MULTIPLES[training.fp8_recipe]
+    queries, keys = model.num_attention_heads // tp, model.num_query_groups // tp
+    tokens = training.micro_batch_size * model.seq_length
+    sizes = {
+        "--hidden-size": model.hidden_size,
+        "--num-attention-heads x --kv-channels of a rank": queries * model.kv_channels,
+        "(--num-attention-heads + 2 x --num-query-groups) x --kv-channels of a rank": (queries + 2 * keys)
+        * model.kv_channels,
+        "--micro-batch-size x --seq-length of a rank": tokens // (tp if parallel.sequence_parallel else 1),
+    }
+    if moe.num_experts:
+        sizes["--moe-ffn-hidden-size of a rank"] = moe.moe_ffn_hidden_size // parallel.expert_tensor_parallel_size
+        sizes["--moe-shared-expert-intermediate-size of a rank"] = moe.moe_shared_expert_intermediate_size // tp
+    else:
+        sizes["--ffn-hidden-size of a rank"] = model.ffn_hidden_size // tp
+    for what, size in sizes.items():
+        if size % multiple:
+            raise UsageError(
+                f"{what} is {size}, but --fp8-recipe {training.fp8_recipe} needs multiples of {multiple}; the nearest:"
+                f" {_multiples(size, multiple)}"
             )

@@ -10,14 +10,20 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_hyperp import device
+from megatron_hyperp import device, libraries
 from megatron_hyperp.config import Config
 from megatron_hyperp.model.fp8 import Emulation, Fp8ColumnParallelLinear, Fp8Recipe, Fp8RowParallelLinear
 from megatron_hyperp.model.init import initialize
-from megatron_hyperp.model.layer_specs import local_block_spec
+from megatron_hyperp.model.layer_specs import block_spec
 from megatron_hyperp.moe.balance import Balance
 from megatron_hyperp.moe.grouped import GroupedLinear
 from megatron_hyperp.parameters import mark_expert_parameters
+
+
+def implementation(config: Config) -> tuple[str, str]:
+    """Return which layers the model is built from, and why; see :func:`megatron_hyperp.libraries.transformer_impl`."""
+    training = config.training
+    return libraries.transformer_impl(training.transformer_impl, emulating=training.fp8_emulation)
 
 
 def transformer_config(config: Config) -> TransformerConfig:
@@ -63,6 +69,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         recompute_method=training.recompute_method if full else None,
         recompute_num_layers=training.recompute_num_layers if full else None,
         **_expert_settings(config),
+        **_fp8_settings(config),
         gradient_accumulation_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
@@ -91,10 +98,26 @@ def _expert_settings(config: Config) -> dict[str, Any]:
         "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
         "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
         "moe_router_dtype": "fp32",
+        "moe_grouped_gemm": implementation(config)[0] == "transformer_engine",
         # Megatron-Core insists for one expert per token; our router has its own gates.
         "moe_router_pre_softmax": moe.moe_router_topk == 1,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
         "expert_tensor_parallel_size": parallel.expert_tensor_parallel_size,
+    }
+
+
+def _fp8_settings(config: Config) -> dict[str, Any]:
+    """Megatron-Core's settings for TransformerEngine's FP8; none without it, or where it is emulated."""
+    training = config.training
+    if training.fp8_format == "none" or training.fp8_emulation:
+        return {}
+    start, end = training.num_layers_at_start_in_bf16, training.num_layers_at_end_in_bf16
+    return {
+        "fp8": training.fp8_format,
+        "fp8_recipe": training.fp8_recipe,
+        "first_last_layers_bf16": bool(start or end),
+        "num_layers_at_start_in_bf16": start,
+        "num_layers_at_end_in_bf16": end,
     }
 
 
@@ -128,7 +151,7 @@ def build_model(
         module: torch.nn.Module = _build_chunk(config, core_config, vp_stage, balance).to(device.device())
         mark_expert_parameters(module, config.parallel.expert_tensor_parallel_size)
         initialize(module, config)
-        if config.training.fp8_format != "none":
+        if config.training.fp8_emulation:
             emulate_fp8(module, config)
         if config.training.bf16:
             module = Float16Module(core_config, module)
@@ -165,13 +188,14 @@ def _build_chunk(
     assert model.logits_multiplier is not None
     chunk = GPTModel(
         config=core_config,
-        transformer_layer_spec=local_block_spec(
+        transformer_layer_spec=block_spec(
             core_config,
+            implementation=implementation(config)[0],
             residual_multiplier=model.residual_multiplier,
             vp_stage=vp_stage,
             gate=config.moe.moe_gate,
             balance=balance,
-            fp8=config.training.fp8_format != "none",
+            emulates_fp8=config.training.fp8_emulation,
         ),
         vocab_size=model.vocab_size,
         max_sequence_length=model.seq_length,

@@ -31,40 +31,56 @@ class RMSNorm(torch.nn.RMSNorm):
         setattr(self.weight, "sequence_parallel", config.sequence_parallel)  # noqa: B010  (an attribute that Tensor lacks)
 
 
-def local_block_spec(
+def block_spec(
     config: TransformerConfig,
     *,
+    implementation: str,
     residual_multiplier: float,
     vp_stage: int | None = None,
     gate: str = "sqrt",
     balance: Balance | None = None,
-    fp8: bool = False,
+    emulates_fp8: bool = False,
 ) -> TransformerBlockSubmodules:
-    """Return the spec of one pipeline chunk in Megatron-Core's local (plain PyTorch) layers.
+    """Return the spec of one pipeline chunk.
+
+    Either implementation has the same parameters, under the same keys in checkpoints: each loads the other's.
 
     Args:
         config: of the model.
+        implementation: "local" (Megatron-Core's plain PyTorch layers) or "transformer_engine" (norms fused with the
+            linear layers behind them, fused attention, grouped experts, FP8).
         residual_multiplier: factor on attention and MLP outputs.
         vp_stage: index of the chunk under the interleaved schedule.
         gate: of the router, in a mixture of experts.
         balance: statistics that all routers share; None for a dense model.
-        fp8: whether linear layers can emulate it.
+        emulates_fp8: whether linear layers can emulate FP8, "local" alone.
     """
-    block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
+    local = implementation == "local"
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=not local, normalization="RMSNorm", vp_stage=vp_stage
+    )
     block = copy.deepcopy(block)
-    block.layer_norm = RMSNorm
+    if local:
+        block.layer_norm = RMSNorm
     for layer in block.layer_specs:
         parts = layer.submodules
-        parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
         parts.self_attn_bda = parts.mlp_bda = scaled_bias_dropout_add(residual_multiplier)
         if balance is not None:
-            parts.mlp = with_sqrt_gate(parts.mlp, gate=gate, balance=balance)
-        if config.qk_layernorm:
-            attention = parts.self_attention.submodules
-            attention.q_layernorm = attention.k_layernorm = RMSNorm
-        if fp8:
+            parts.mlp = with_sqrt_gate(parts.mlp, gate=gate, balance=balance, grouped_here=local)
+            # Megatron-Core's local spec names this norm so, its TransformerEngine spec only where no router follows.
+            parts.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
+        if local:
+            _use_local_norms(parts, qk=config.qk_layernorm)
+        if emulates_fp8:
             _use_fp8_layers(parts)
     return block
+
+
+def _use_local_norms(parts: Any, *, qk: bool) -> None:
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    if qk:
+        attention = parts.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
 
 
 def _use_fp8_layers(parts: Any) -> None:

@@ -25,15 +25,17 @@ class HyperPMoELayer(MoELayer):  # type: ignore[misc]  # Megatron-Core has no ty
         return math.sqrt(0.5) * (routed + shared_expert_output)
 
 
-def with_sqrt_gate(spec: ModuleSpec, *, gate: str, balance: Balance) -> ModuleSpec:
+def with_sqrt_gate(spec: ModuleSpec, *, gate: str, balance: Balance, grouped_here: bool = True) -> ModuleSpec:
     """Turn Megatron-Core's spec of a mixture-of-experts block into ours, in place.
 
     Args:
         spec: of a ``MoELayer``.
         gate: "sqrt" or "softmax".
         balance: shared by all layers.
+        grouped_here: multiply experts by PyTorch's grouped product; otherwise they stay the spec's.
     """
     spec.module = HyperPMoELayer
-    spec.submodules.experts = grouped_experts()
+    if grouped_here:
+        spec.submodules.experts = grouped_experts()
     spec.submodules.router = partial(SqrtGateRouter, gate=gate, balance=balance)
     return spec

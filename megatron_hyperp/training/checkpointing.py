@@ -54,7 +54,7 @@ COURSE = {
     "transfer": set[str](),
     "data": {"data_cache_path", "num_workers"},
     "training": {
-        *("micro_batch_size", "exit_interval", "eval_interval", "eval_iters"),
+        *("micro_batch_size", "exit_interval", "eval_interval", "eval_iters", "transformer_impl"),
         *("recompute_granularity", "recompute_method", "recompute_num_layers"),
     },
 }
@@ -228,8 +228,10 @@ def save_checkpoint(
         partial.mkdir(parents=True)
         _write_durably(partial / CONFIG_FILE, _config_text(config))
     dist.barrier()
-    state = _sharded_state(chunks, optimizer, with_random_state=True)
+    history = keeps_fp8_history(config)
+    state = _sharded_state(chunks, optimizer, with_random_state=True, with_fp8_state=history)
     state |= {
+        "fp8_history": history,
         "progress": dataclasses.asdict(progress),
         "layout": _layout(),
         "version": __version__,
@@ -249,11 +251,12 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    folder: Path, chunks: Sequence[torch.nn.Module], optimizer: Any, balance: Any = None
+    config: Config, folder: Path, chunks: Sequence[torch.nn.Module], optimizer: Any, balance: Any = None
 ) -> tuple[Progress, str | None]:
     """Restore model, optimizer, expert loads and random state; a collective call.
 
-    The random state is restored only under the layout that wrote it; without dropout nothing depends on it.
+    The random state is restored only under the layout that wrote it; without dropout nothing depends on it. So is
+    TransformerEngine's history of FP8 scales, which otherwise begins anew.
 
     Returns:
         Where the run stands, and the Weights & Biases run id.
@@ -267,8 +270,10 @@ def load_checkpoint(
     # Torch logs the traceback of what it then raises, which is told below in one line.
     logging.disable(logging.WARNING)
     try:
-        same_layout = dist_checkpointing.load_common_state_dict(str(folder)).get("layout") == _layout()
-        state = _sharded_state(chunks, optimizer, with_random_state=same_layout)
+        common = dist_checkpointing.load_common_state_dict(str(folder))
+        same_layout = common.get("layout") == _layout()
+        history = same_layout and common.get("fp8_history", False) and keeps_fp8_history(config)
+        state = _sharded_state(chunks, optimizer, with_random_state=same_layout, with_fp8_state=history)
         loaded = dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:
         # Torch's exception is no Exception, and holds the reasons by rank.
@@ -281,13 +286,21 @@ def load_checkpoint(
     finally:
         logging.disable(logging.NOTSET)
     for index, chunk in enumerate(chunks):
-        _model(chunk).load_state_dict(loaded[f"model{index}"])
+        missing, unexpected = _model(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
+        assert not unexpected
+        assert all(map(_is_extra_state, missing))
     optimizer.load_state_dict(loaded["optimizer"])
     if balance is not None:
         balance.load(loaded["balance"])
     if same_layout:
         _restore_random_state(loaded["rng"][0])
     return Progress(**loaded["progress"]), loaded["run_id"]
+
+
+def keeps_fp8_history(config: Config) -> bool:
+    """Whether layers have an FP8 state of their own: TransformerEngine's, with delayed scales."""
+    training = config.training
+    return training.fp8_format != "none" and training.fp8_recipe == "delayed" and not training.fp8_emulation
 
 
 def _first_line(error: BaseException) -> str:
@@ -302,8 +315,23 @@ def _model(chunk: torch.nn.Module) -> Any:
     return module
 
 
-def _sharded_state(chunks: Sequence[torch.nn.Module], optimizer: Any, *, with_random_state: bool) -> dict[str, Any]:
-    models = {f"model{index}": _model(chunk).sharded_state_dict() for index, chunk in enumerate(chunks)}
+def _is_extra_state(name: str) -> bool:
+    """Whether a name in a module's state is that of TransformerEngine's FP8 state."""
+    return bool(re.search(r"\._extra_state\d*$", name))
+
+
+def _sharded_model(chunk: torch.nn.Module, *, with_fp8_state: bool) -> dict[str, Any]:
+    """Describe a chunk's weights; layers' FP8 state only where asked for, since other layers have none to load."""
+    state = _model(chunk).sharded_state_dict()
+    return {name: entry for name, entry in state.items() if with_fp8_state or not _is_extra_state(name)}
+
+
+def _sharded_state(
+    chunks: Sequence[torch.nn.Module], optimizer: Any, *, with_random_state: bool, with_fp8_state: bool
+) -> dict[str, Any]:
+    models = {
+        f"model{index}": _sharded_model(chunk, with_fp8_state=with_fp8_state) for index, chunk in enumerate(chunks)
+    }
     state: dict[str, Any] = {**models, "optimizer": optimizer.sharded_state_dict(models)}
     if with_random_state:
         state["rng"] = _random_state()

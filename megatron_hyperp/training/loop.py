@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_hyperp import device, estimate
+from megatron_hyperp import device, estimate, libraries
 from megatron_hyperp.config import Config, data_parallel_size, micro_batches
 from megatron_hyperp.data import loader
 from megatron_hyperp.errors import UsageError
@@ -131,7 +131,7 @@ class Trainer:
         self.progress, run_id = Progress(), None
         if resume_from is not None:
             self.progress, run_id = checkpointing.load_checkpoint(
-                resume_from, self.chunks, self.optimizer, self.balance
+                config, resume_from, self.chunks, self.optimizer, self.balance
             )
             self.scheduler.step(self.progress.iteration)
             self.console.print(f"resumed from {resume_from} at iteration {self.progress.iteration}")
@@ -159,8 +159,11 @@ class Trainer:
             setattr(owner, name, around(getattr(owner, name)))
 
     def _announce(self) -> None:
+        from megatron_hyperp.model.build import implementation
+
         config, model, parallel = self.config, self.config.model, self.config.parallel
         self.console.print(f"megatron-hyperp on {self.world_size} x {device.describe()}")
+        self.console.print(libraries.describe_layers(*implementation(config)))
         self.console.print(
             f"model: {estimate.parameter_count(model, config.moe):,} parameters, {model.num_layers} layers, width"
             f" {model.hidden_size}, FFN {model.ffn_hidden_size}, {model.num_attention_heads} heads of"

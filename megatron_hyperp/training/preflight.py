@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_hyperp import device
+from megatron_hyperp import device, libraries
 from megatron_hyperp.config import Config
 from megatron_hyperp.data import loader
 from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
@@ -42,13 +42,7 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
             " --expert-tensor-parallel-size above 1 make together; set one of them to 1",
             same_on_all_ranks=True,
         )
-    if config.training.fp8_format != "none" and not config.training.fp8_emulation:
-        lacking = "TransformerEngine's layers, which this version does not use yet" if device.has_cuda() else "CUDA"
-        raise UsageError(
-            f"--fp8-format {config.training.fp8_format} needs {lacking}; give --fp8-emulation for the same numerics"
-            " in emulation, or leave it out",
-            same_on_all_ranks=True,
-        )
+    _check_layers(config)
     alarms.check(config.logging.alarm, saves=config.checkpoint.save is not None)
     profiling.check(config, world_size)
     options = config.optimizer
@@ -66,6 +60,22 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
     if config.checkpoint.save:
         checkpointing.check_writable(config.checkpoint.save, "--save")
     return config, tokenizer, _checkpoint_to_load(config)
+
+
+def _check_layers(config: Config) -> None:
+    """See that the layers asked for can run here, in the precision asked for.
+
+    Megatron-Core itself would train without FP8 where it cannot run, and say nothing.
+    """
+    training = config.training
+    libraries.transformer_impl(training.transformer_impl, emulating=training.fp8_emulation)
+    if training.fp8_format != "none" and not training.fp8_emulation:
+        lacking = libraries.lacks_fp8(training.fp8_recipe)
+        if lacking:
+            raise UsageError(
+                f"--fp8-format {training.fp8_format} with --fp8-recipe {training.fp8_recipe} needs {lacking}; give"
+                " --fp8-emulation for the same numerics in emulation, or leave it out"
+            )
 
 
 def _checkpoint_to_load(config: Config) -> Path | None:

@@ -486,6 +486,32 @@ REFUSALS = [
         "--fp8-emulation has no --fp8-recipe delayed",
         "give tensorwise",
     ),
+    Refusal(
+        f"{SMALL} --fp8-format e4m3 --fp8-emulation --transformer-impl transformer_engine",
+        "--fp8-emulation is of Megatron-Core's local layers, not of --transformer-impl transformer_engine",
+        "leave one of them out$",
+    ),
+    Refusal(
+        f"{SMALL} --fp8-format e4m3 --transformer-impl local",
+        "--transformer-impl local has no FP8 but in emulation",
+        "give --fp8-emulation$",
+    ),
+    Refusal(
+        f"{SMALL} --fp8-format e4m3 --fp8-recipe delayed --num-layers-at-end-in-bf16 1",
+        "--fp8-recipe delayed takes every layer to FP8 or none",
+        "give --fp8-recipe tensorwise$",
+    ),
+    Refusal(
+        f"{SMALL} --num-layers 4 {PP2} --fp8-format e4m3 --num-layers-at-start-in-bf16 3",
+        "--num-layers-at-start-in-bf16 3 and --num-layers-at-end-in-bf16 0 can each be 2 at most",
+        "lower them$",
+        TWO,
+    ),
+    Refusal(
+        f"{SMALL} --fp8-format e4m3 --fp8-recipe blockwise",
+        "--hidden-size is [0-9]+, but --fp8-recipe blockwise needs multiples of 128",
+        "the nearest: 128$",
+    ),
     Refusal(f"{SMALL} --fp8-format e4m3 --fp8-recipe rowwise", "rowwise needs --fp8-emulation", "no such recipe$"),
     Refusal(
         f"{SMALL} --fp8-format e4m3 --fp8-weight-scale sphere", "sphere needs --fp8-emulation", "no static scales$"

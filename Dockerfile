@@ -1,0 +1,39 @@
+# syntax=docker/dockerfile:1
+# NVIDIA's PyTorch image (CUDA, cuDNN, NCCL, NVIDIA's apex) with TransformerEngine, Megatron-Core and this package.
+#
+#   docker build --tag megatron-hyperp .
+#   docker run --rm --gpus all --ipc host --ulimit memlock=-1 --volume "$PWD/runs:/workspace/runs" megatron-hyperp \
+#     torchrun --nproc-per-node gpu examples/pretrain_gpt.py --config examples/configs/dense_d8.yaml ...
+#
+# The image comes with NVIDIA's apex, built. The "apex" on PyPI is something else.
+ARG BASE=nvcr.io/nvidia/pytorch:25.12-py3
+FROM ${BASE}
+
+SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
+
+# Built against the image's own PyTorch, whose constraint on this one package is lifted for it.
+ARG TRANSFORMER_ENGINE=2.11.0
+ENV NVTE_FRAMEWORK=pytorch
+RUN sed -i -E '/^transformer[-_]engine/Id' /etc/pip/constraint.txt \
+ && pip install --no-cache-dir --no-build-isolation "transformer-engine[pytorch]==${TRANSFORMER_ENGINE}"
+
+# Dependencies first: they change less often than the sources. The image's PyTorch, NumPy and the like stay.
+ARG MEGATRON_CORE=0.16.1
+RUN pip install --no-cache-dir \
+      "megatron-core==${MEGATRON_CORE}" psutil scipy "sentencepiece==0.2.3" tokenizers pyyaml rich matplotlib \
+      tensorboard "wandb==0.31.0" pytest pytest-timeout pytest-xdist
+
+WORKDIR /workspace/megatron-hyperp
+COPY . .
+RUN pip install --no-cache-dir --no-deps --editable . \
+ && python -c "import apex, fused_weight_gradient_mlp_cuda" \
+ && useradd --create-home --shell /bin/bash trainer \
+ && mkdir -p /workspace/runs \
+ && chown -R trainer:trainer /workspace
+
+USER trainer
+ENV PYTHONUNBUFFERED=1
+
+# Two steps of training on a tiny corpus, on whatever device the container sees.
+HEALTHCHECK --interval=1h --timeout=5m --start-period=5m --retries=1 CMD ["python", "tools/check_installation.py"]
+CMD ["python", "tools/check_installation.py"]
