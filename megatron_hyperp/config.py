@@ -232,6 +232,12 @@ class TrainingConfig:
     )
     recompute_method: Literal["uniform", "block"] = knob("uniform", "with full: every layer in groups, or the first N")
     recompute_num_layers: int = knob(1, "with full: layers per group, or N", POSITIVE)
+    attention_backend: Literal["local", "sdpa"] = knob(
+        "local", "core attention: Megatron-Core's, which keeps all probabilities, or torch's fused kernel"
+    )
+    gradient_accumulation_fusion: bool | None = knob(
+        None, "add weight gradients to the fp32 sums in the product's kernel, apex's [under CUDA, if it is installed]"
+    )
 
 
 @dataclass(kw_only=True, slots=True)

@@ -74,11 +74,27 @@ def check_ranks() -> None:
         )
 
 
-def describe() -> str:
+def describe(*, accumulation_fusion: bool = False) -> str:
     """One line on the device, the backend and what of the optional kernels is in use."""
     if not has_cuda():
         return "CPU, gloo; Megatron-Core's local layers (TransformerEngine and apex need CUDA)"
-    return f"{torch.cuda.get_device_name()}, NCCL; Megatron-Core's local layers"
+    apex = "with" if accumulation_fusion else "without"
+    return f"{torch.cuda.get_device_name()}, NCCL; Megatron-Core's local layers, {apex} apex's accumulation of gradients"
+
+
+# What NVIDIA's apex, built with --cpp_ext --cuda_ext, adds weight gradients to fp32 sums with.
+ACCUMULATION_FUSION = "fused_weight_gradient_mlp_cuda"
+
+
+def lacks(extension: str) -> str | None:
+    """Return what is missing for a CUDA extension, by its module's name; None if it can be used."""
+    if not has_cuda():
+        return "CUDA"
+    try:
+        importlib.import_module(extension)
+    except Exception as error:  # a build for another CUDA, torch or C library fails in any way
+        return f"{extension}, which cannot be imported ({' '.join(str(error).split())})"
+    return None
 
 
 def newton_schulz_dtype(name: str, *, gram: bool = False) -> torch.dtype:

@@ -63,7 +63,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         recompute_method=training.recompute_method if full else None,
         recompute_num_layers=training.recompute_num_layers if full else None,
         **_expert_settings(config),
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=_fuses_accumulation(config),
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -71,6 +71,14 @@ def transformer_config(config: Config) -> TransformerConfig:
         persist_layer_norm=False,
         **device.megatron_settings(),
     )
+
+
+def _fuses_accumulation(config: Config) -> bool:
+    """Whether weight gradients are added up in the product's kernel: as asked, else where there is one and it can."""
+    asked = config.training.gradient_accumulation_fusion
+    if asked is None:
+        return not config.training.fp8_emulation and device.lacks(device.ACCUMULATION_FUSION) is None
+    return asked
 
 
 def _expert_settings(config: Config) -> dict[str, Any]:
@@ -172,6 +180,7 @@ def _build_chunk(
             gate=config.moe.moe_gate,
             balance=balance,
             fp8=config.training.fp8_format != "none",
+            sdpa=config.training.attention_backend == "sdpa",
         ),
         vocab_size=model.vocab_size,
         max_sequence_length=model.seq_length,

@@ -10,6 +10,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_hyperp.model.attention import SdpaAttention
 from megatron_hyperp.model.depth_mup import scaled_bias_dropout_add
 from megatron_hyperp.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_hyperp.moe.balance import Balance
@@ -39,6 +40,7 @@ def local_block_spec(
     gate: str = "sqrt",
     balance: Balance | None = None,
     fp8: bool = False,
+    sdpa: bool = False,
 ) -> TransformerBlockSubmodules:
     """Return the spec of one pipeline chunk in Megatron-Core's local (plain PyTorch) layers.
 
@@ -49,6 +51,7 @@ def local_block_spec(
         gate: of the router, in a mixture of experts.
         balance: statistics that all routers share; None for a dense model.
         fp8: whether linear layers can emulate it.
+        sdpa: whether core attention is torch's fused kernel.
     """
     block = get_gpt_decoder_block_spec(config, use_transformer_engine=False, normalization="RMSNorm", vp_stage=vp_stage)
     block = copy.deepcopy(block)
@@ -62,6 +65,8 @@ def local_block_spec(
         if config.qk_layernorm:
             attention = parts.self_attention.submodules
             attention.q_layernorm = attention.k_layernorm = RMSNorm
+        if sdpa:
+            parts.self_attention.submodules.core_attention = SdpaAttention
         if fp8:
             _use_fp8_layers(parts)
     return block

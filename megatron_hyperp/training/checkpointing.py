@@ -56,6 +56,7 @@ COURSE = {
     "training": {
         *("micro_batch_size", "exit_interval", "eval_interval", "eval_iters"),
         *("recompute_granularity", "recompute_method", "recompute_num_layers"),
+        *("attention_backend", "gradient_accumulation_fusion"),
     },
 }
 

@@ -98,8 +98,8 @@ class Trainer:
         self.phases = Phases()
         self.console = Console(active=self.rank == 0, total=config.training.train_iters, quiet=config.logging.quiet)
         initialize_megatron(config)
-        self._announce()
         core_config, parallel = transformer_config(config), config.parallel
+        self._announce(accumulation_fusion=core_config.gradient_accumulation_fusion)
         self.balance = build_balance(config)
         self.chunks = wrap_for_data_parallelism(
             core_config,
@@ -158,9 +158,10 @@ class Trainer:
         ]:
             setattr(owner, name, around(getattr(owner, name)))
 
-    def _announce(self) -> None:
+    def _announce(self, *, accumulation_fusion: bool) -> None:
         config, model, parallel = self.config, self.config.model, self.config.parallel
-        self.console.print(f"megatron-hyperp on {self.world_size} x {device.describe()}")
+        kernels = device.describe(accumulation_fusion=accumulation_fusion)
+        self.console.print(f"megatron-hyperp on {self.world_size} x {kernels}")
         self.console.print(
             f"model: {estimate.parameter_count(model, config.moe):,} parameters, {model.num_layers} layers, width"
             f" {model.hidden_size}, FFN {model.ffn_hidden_size}, {model.num_attention_heads} heads of"

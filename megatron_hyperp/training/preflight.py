@@ -49,6 +49,7 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
             " in emulation, or leave it out",
             same_on_all_ranks=True,
         )
+    _check_kernels(config)
     alarms.check(config.logging.alarm, saves=config.checkpoint.save is not None)
     profiling.check(config, world_size)
     options = config.optimizer
@@ -66,6 +67,26 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
     if config.checkpoint.save:
         checkpointing.check_writable(config.checkpoint.save, "--save")
     return config, tokenizer, _checkpoint_to_load(config)
+
+
+# Largest head of torch's flash attention under CUDA.
+FLASH_HEAD = 256
+
+
+def _check_kernels(config: Config) -> None:
+    training, head = config.training, config.model.kv_channels
+    if training.attention_backend == "sdpa" and device.has_cuda() and training.bf16 and head > FLASH_HEAD:
+        raise UsageError(
+            f"--attention-backend sdpa has heads of {FLASH_HEAD} at most under CUDA, not of {head}; lower --kv-channels,"
+            " or give local",
+            same_on_all_ranks=True,
+        )
+    if training.gradient_accumulation_fusion and (lacking := device.lacks(device.ACCUMULATION_FUSION)):
+        raise UsageError(
+            f"--gradient-accumulation-fusion needs {lacking}; build NVIDIA's apex from source with --cpp_ext and"
+            " --cuda_ext (not PyPI's), take an NGC image, or leave it out",
+            same_on_all_ranks=True,
+        )
 
 
 def _checkpoint_to_load(config: Config) -> Path | None:
