@@ -235,6 +235,10 @@ class TrainingConfig:
     attention_backend: Literal["local", "sdpa"] = knob(
         "local", "core attention: Megatron-Core's, which keeps all probabilities, or torch's fused kernel"
     )
+    cross_entropy_loss_fusion: bool = knob(False, "loss in fewer kernels (CUDA; native: with --bf16)")
+    cross_entropy_fusion_impl: Literal["native", "te"] = knob(
+        "native", "fused loss: Megatron-Core's, whose logits have bf16 gradients, or TransformerEngine's"
+    )
     gradient_accumulation_fusion: bool | None = knob(
         None, "add weight gradients to the fp32 sums in the product's kernel, apex's [under CUDA, if it is installed]"
     )

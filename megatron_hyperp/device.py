@@ -78,11 +78,12 @@ def describe(*, accumulation_fusion: bool = False) -> str:
     """One line on the device, the backend and what of the optional kernels is in use."""
     if not has_cuda():
         return "CPU, gloo; Megatron-Core's local layers (TransformerEngine and apex need CUDA)"
-    apex = "with" if accumulation_fusion else "without"
-    return f"{torch.cuda.get_device_name()}, NCCL; Megatron-Core's local layers, {apex} apex's accumulation of gradients"
+    apex = ("with" if accumulation_fusion else "without") + " apex's accumulation of gradients"
+    return f"{torch.cuda.get_device_name()}, NCCL; Megatron-Core's local layers, {apex}"
 
 
-# What NVIDIA's apex, built with --cpp_ext --cuda_ext, adds weight gradients to fp32 sums with.
+# TransformerEngine's loss; what NVIDIA's apex, built with --cpp_ext --cuda_ext, adds gradients to fp32 sums with.
+CROSS_ENTROPY = "transformer_engine.pytorch.cross_entropy"
 ACCUMULATION_FUSION = "fused_weight_gradient_mlp_cuda"
 
 

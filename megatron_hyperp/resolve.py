@@ -440,6 +440,13 @@ def _check_kernels(training: TrainingConfig) -> None:
             "--recompute-granularity selective recomputes what --attention-backend sdpa does not keep;"
             " leave it out, or give full"
         )
+    if training.cross_entropy_fusion_impl == "te" and not training.cross_entropy_loss_fusion:
+        raise UsageError("--cross-entropy-fusion-impl te needs --cross-entropy-loss-fusion; give it, or leave it out")
+    if training.cross_entropy_loss_fusion and training.cross_entropy_fusion_impl == "native" and not training.bf16:
+        raise UsageError(
+            "--cross-entropy-loss-fusion rounds gradients to bf16 with --cross-entropy-fusion-impl native; give --bf16,"
+            " or te, or leave it out"
+        )
     if training.gradient_accumulation_fusion and training.fp8_emulation:
         raise UsageError(
             "--gradient-accumulation-fusion adds to the weight of a product, which --fp8-emulation replaces by a"

@@ -102,10 +102,10 @@ class SdpaAttention(torch.nn.Module):
             repeats = query.shape[2] // key.shape[2]
             key, value = (item.repeat_interleave(repeats, dim=2) for item in (key, value))
             grouped = False
-        parts = (item.permute(1, 2, 0, 3) for item in (query, key, value))
+        q, k, v = (item.permute(1, 2, 0, 3) for item in (query, key, value))
         with sdpa_kernel(kernel):
             output = torch.nn.functional.scaled_dot_product_attention(
-                *parts, is_causal=True, scale=self._scale, enable_gqa=grouped
+                q, k, v, is_causal=True, scale=self._scale, enable_gqa=grouped
             )
         return output.permute(2, 0, 1, 3).flatten(2).contiguous()
 

@@ -63,6 +63,8 @@ def transformer_config(config: Config) -> TransformerConfig:
         recompute_method=training.recompute_method if full else None,
         recompute_num_layers=training.recompute_num_layers if full else None,
         **_expert_settings(config),
+        cross_entropy_loss_fusion=training.cross_entropy_loss_fusion,
+        cross_entropy_fusion_impl=training.cross_entropy_fusion_impl,
         gradient_accumulation_fusion=_fuses_accumulation(config),
         masked_softmax_fusion=False,
         bias_activation_fusion=False,

@@ -77,10 +77,20 @@ def _check_kernels(config: Config) -> None:
     training, head = config.training, config.model.kv_channels
     if training.attention_backend == "sdpa" and device.has_cuda() and training.bf16 and head > FLASH_HEAD:
         raise UsageError(
-            f"--attention-backend sdpa has heads of {FLASH_HEAD} at most under CUDA, not of {head}; lower --kv-channels,"
-            " or give local",
+            f"--attention-backend sdpa has heads of {FLASH_HEAD} at most under CUDA, not of {head}; lower"
+            " --kv-channels, or give local",
             same_on_all_ranks=True,
         )
+    if training.cross_entropy_loss_fusion:
+        engine = training.cross_entropy_fusion_impl == "te"
+        lacking = device.lacks(device.CROSS_ENTROPY) if engine else None if device.has_cuda() else "CUDA"
+        if lacking:
+            ways = "install TransformerEngine, give native, or leave it out" if engine else "leave it out"
+            raise UsageError(
+                f"--cross-entropy-loss-fusion with --cross-entropy-fusion-impl {training.cross_entropy_fusion_impl}"
+                f" needs {lacking}; {ways}",
+                same_on_all_ranks=True,
+            )
     if training.gradient_accumulation_fusion and (lacking := device.lacks(device.ACCUMULATION_FUSION)):
         raise UsageError(
             f"--gradient-accumulation-fusion needs {lacking}; build NVIDIA's apex from source with --cpp_ext and"

@@ -37,6 +37,12 @@ KEPT = {
     "wide MLP": "--ffn-hidden-size 2048 --micro-batch-size 4",
     "selective": "--recompute-granularity selective",
     "full": "--recompute-granularity full",
+    "fused attention": "--attention-backend sdpa",
+    "fused attention, batch": "--attention-backend sdpa --micro-batch-size 4",
+    "fused attention, bf16": "--attention-backend sdpa --bf16 --micro-batch-size 2",
+    "fused attention, no QK-norm, long": "--attention-backend sdpa --no-qk-layernorm --seq-length 256",
+    "fused attention, bf16, no QK-norm": "--attention-backend sdpa --bf16 --no-qk-layernorm",
+    "fused attention, full": "--attention-backend sdpa --recompute-granularity full",
     "experts": MOE,
     "experts, bf16": f"{MOE} --bf16 --micro-batch-size 3",
 }
