@@ -235,6 +235,23 @@ class TrainingConfig:
     )
     recompute_method: Literal["uniform", "block"] = knob("uniform", "with full: every layer in groups, or the first N")
     recompute_num_layers: int = knob(1, "with full: layers per group, or N", POSITIVE)
+    attention_backend: Literal["local", "sdpa"] | None = knob(
+        None,
+        "core attention: Megatron-Core's, which keeps all probabilities, or torch's fused kernel [TransformerEngine's"
+        " with its layers; else sdpa, but local with --recompute-granularity selective]",
+    )
+    cross_entropy_loss_fusion: bool = knob(False, "loss in fewer kernels (CUDA; native: with --bf16)")
+    cross_entropy_fusion_impl: Literal["native", "te"] = knob(
+        "native", "fused loss: Megatron-Core's, whose logits have bf16 gradients, or TransformerEngine's"
+    )
+    gradient_accumulation_fusion: bool | None = knob(
+        None, "add weight gradients to the fp32 sums in the product's kernel, apex's [under CUDA, if it is installed]"
+    )
+
+    @property
+    def local_attention(self) -> str:
+        """Core attention of Megatron-Core's local layers: as asked, else the fused one unless it is recomputed."""
+        return self.attention_backend or ("local" if self.recompute_granularity == "selective" else "sdpa")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -1,14 +1,18 @@
-"""Optional libraries of CUDA machines: whether they can be used, and if not, why. The one place that looks for them."""
+"""Optional libraries of CUDA machines, and which of several ways a run takes. The one place that looks for them."""
 
 from __future__ import annotations
 
-import functools
 import importlib
 from typing import Any
 
 from megatron_hyperp import device
+from megatron_hyperp.config import Config
 from megatron_hyperp.errors import UsageError
 
+TRANSFORMER_ENGINE = "transformer_engine.pytorch"
+CROSS_ENTROPY = "transformer_engine.pytorch.cross_entropy"
+# Of NVIDIA's apex, built with --cpp_ext --cuda_ext: adds gradients to fp32 sums.
+ACCUMULATION_FUSION = "fused_weight_gradient_mlp_cuda"
 # Function of TransformerEngine's state manager that says whether a recipe can run, with a reason.
 _AVAILABLE = {
     "delayed": "is_fp8_available",
@@ -18,66 +22,76 @@ _AVAILABLE = {
 }
 
 
-@functools.cache
-def lacks_transformer_engine() -> str | None:
-    """Why TransformerEngine's layers cannot run here; None if they can."""
+def lacks(extension: str) -> str | None:
+    """Return what is missing for a CUDA extension, by its module's name; None if it can be used."""
     if not device.has_cuda():
-        return "there is no CUDA device"
+        return "CUDA"
     try:
-        importlib.import_module("transformer_engine.pytorch")
-    except Exception as error:  # a library that was built for another PyTorch or CUDA may raise anything
-        return f"it does not import ({_first_line(error)})"
+        importlib.import_module(extension)
+    except Exception as error:  # a build for another CUDA, torch or C library fails in any way
+        return f"{extension}, which cannot be imported ({' '.join(str(error).split())})"
     return None
 
 
 def lacks_fp8(recipe: str) -> str | None:
-    """Why TransformerEngine cannot run an FP8 recipe on this rank's GPU; None if it can.
+    """Return what is missing for TransformerEngine to run an FP8 recipe on this rank's GPU; None if it can.
 
     Args:
         recipe: a value of ``--fp8-recipe`` that TransformerEngine has.
     """
-    lacking = lacks_transformer_engine()
+    lacking = lacks(TRANSFORMER_ENGINE)
     if lacking:
-        return f"TransformerEngine's layers, and {lacking}"
-    manager: Any = importlib.import_module("transformer_engine.pytorch.fp8").FP8GlobalStateManager
+        return lacking
+    manager: Any = importlib.import_module(f"{TRANSFORMER_ENGINE}.fp8").FP8GlobalStateManager
     available, reason = getattr(manager, _AVAILABLE[recipe])()
-    return None if available else f"another GPU or CUDA: {reason.rstrip('.')}"
+    return None if available else f"another GPU or CUDA ({reason.rstrip('.')})"
 
 
-def transformer_impl(asked: str | None, *, emulating: bool) -> tuple[str, str]:
-    """Choose the layers that a model is built from.
-
-    Args:
-        asked: ``--transformer-impl``, or None for TransformerEngine's where they can run.
-        emulating: whether FP8 is emulated, which Megatron-Core's local layers do.
-
-    Returns:
-        "local" or "transformer_engine", and why.
+def implementation(config: Config) -> tuple[str, str]:
+    """Return the layers that the model is built from, "local" or "transformer_engine", and why.
 
     Raises:
         UsageError: TransformerEngine is asked for and cannot run.
     """
-    lacking = lacks_transformer_engine()
+    asked, lacking = config.training.transformer_impl, lacks(TRANSFORMER_ENGINE)
     if asked == "transformer_engine" and lacking:
         raise UsageError(
-            f"--transformer-impl transformer_engine cannot run, {lacking}; give local, or leave it out; to install it:"
-            " pip install megatron-hyperp[gpu]"
+            f"--transformer-impl transformer_engine needs {lacking}; give local, or leave it out; to install it:"
+            " pip install megatron-hyperp[gpu]",
+            same_on_all_ranks=True,
         )
     if asked:
         return asked, "as asked"
-    if emulating:
+    if config.training.fp8_emulation:
         return "local", "for emulated FP8"
-    return ("local", f"no TransformerEngine, {lacking}") if lacking else ("transformer_engine", "usable here")
+    return ("local", f"TransformerEngine needs {lacking}") if lacking else ("transformer_engine", "usable here")
 
 
-def describe_layers(implementation: str, why: str) -> str:
-    """One line on the layers in use."""
-    if implementation == "local":
-        return f"layers: Megatron-Core's local ones ({why})"
-    version = getattr(importlib.import_module("transformer_engine"), "__version__", "of unknown version")
-    return f"layers: TransformerEngine {version} ({why})"
+def attention(config: Config) -> str:
+    """Return the core attention: "local" (unfused), "sdpa" or "transformer_engine"."""
+    training = config.training
+    if training.attention_backend is None and implementation(config)[0] == "transformer_engine":
+        return "transformer_engine"
+    return training.local_attention
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).splitlines() or ["no message"]
-    return f"{type(error).__name__}: {lines[0][:150]}"
+def fuses_accumulation(config: Config) -> bool:
+    """Whether products add weight gradients to the sums themselves: as asked, else where they can.
+
+    TransformerEngine's can; Megatron-Core's, the output layer's among them, need apex's kernel.
+    """
+    asked = config.training.gradient_accumulation_fusion
+    if asked is None:
+        return not config.training.fp8_emulation and lacks(ACCUMULATION_FUSION) is None
+    return asked
+
+
+def describe(config: Config) -> str:
+    """One line on what the model is built from, of what there is to choose from."""
+    layers, why = implementation(config)
+    name = "Megatron-Core's local ones"
+    if layers == "transformer_engine":
+        name = f"TransformerEngine {getattr(importlib.import_module('transformer_engine'), '__version__', '')}".strip()
+    cores = {"local": "unfused attention", "sdpa": "torch's fused attention", "transformer_engine": "its attention"}
+    sums = "with" if fuses_accumulation(config) else "without"
+    return f"layers: {name} ({why}), {cores[attention(config)]}, {sums} apex's accumulation of gradients"

@@ -37,6 +37,7 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -
         _resolve_schedule(config)
         _check_newton_schulz(config)
         _check_fp8(config)
+        _check_kernels(config.training)
     except UsageError as error:
         error.same_on_all_ranks = True
         raise
@@ -437,6 +438,26 @@ def _check_fp8(config: Config) -> None:
                 f"--fp8-weight-scale sphere needs weights on spheres, which --optimizer {config.optimizer.optimizer}"
                 " leaves; give hyperp or muonh"
             )
+
+
+def _check_kernels(training: TrainingConfig) -> None:
+    if training.attention_backend == "sdpa" and training.recompute_granularity == "selective":
+        raise UsageError(
+            "--recompute-granularity selective recomputes what --attention-backend sdpa does not keep;"
+            " leave it out, or give full"
+        )
+    if training.cross_entropy_fusion_impl == "te" and not training.cross_entropy_loss_fusion:
+        raise UsageError("--cross-entropy-fusion-impl te needs --cross-entropy-loss-fusion; give it, or leave it out")
+    if training.cross_entropy_loss_fusion and training.cross_entropy_fusion_impl == "native" and not training.bf16:
+        raise UsageError(
+            "--cross-entropy-loss-fusion rounds gradients to bf16 with --cross-entropy-fusion-impl native; give --bf16,"
+            " or te, or leave it out"
+        )
+    if training.gradient_accumulation_fusion and training.fp8_emulation:
+        raise UsageError(
+            "--gradient-accumulation-fusion adds to the weight of a product, which --fp8-emulation replaces by a"
+            " rounded copy; leave one out"
+        )
 
 
 # TransformerEngine's products in FP8 take multiples of these numbers of elements, in every dimension.

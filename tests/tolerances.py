@@ -7,6 +7,10 @@ OPTIMIZER_FP32 = 1e-5
 # One sharded Newton-Schulz against one rank, fp32: other summation orders in the same products.
 SHARDED_NEWTON_SCHULZ = 5e-6
 
+# A fused attention kernel against the unfused one, fp32, of the largest element: the softmax is summed in blocks, and
+# where it is sharp a gradient is a difference of larger numbers; 2e-6 is typical.
+FUSED_ATTENTION = 1e-5
+
 # Newton-Schulz in fp16 against fp32: three digits, amplified on small singular values.
 NEWTON_SCHULZ_FP16 = 2e-2
 

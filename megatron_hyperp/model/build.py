@@ -20,12 +20,6 @@ from megatron_hyperp.moe.grouped import GroupedLinear
 from megatron_hyperp.parameters import mark_expert_parameters
 
 
-def implementation(config: Config) -> tuple[str, str]:
-    """Return which layers the model is built from, and why; see :func:`megatron_hyperp.libraries.transformer_impl`."""
-    training = config.training
-    return libraries.transformer_impl(training.transformer_impl, emulating=training.fp8_emulation)
-
-
 def transformer_config(config: Config) -> TransformerConfig:
     """Translate a resolved config into Megatron-Core's."""
     model, parallel, training = config.model, config.parallel, config.training
@@ -70,7 +64,9 @@ def transformer_config(config: Config) -> TransformerConfig:
         recompute_num_layers=training.recompute_num_layers if full else None,
         **_expert_settings(config),
         **_fp8_settings(config),
-        gradient_accumulation_fusion=False,
+        cross_entropy_loss_fusion=training.cross_entropy_loss_fusion,
+        cross_entropy_fusion_impl=training.cross_entropy_fusion_impl,
+        gradient_accumulation_fusion=libraries.fuses_accumulation(config),
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -98,7 +94,7 @@ def _expert_settings(config: Config) -> dict[str, Any]:
         "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
         "moe_token_dispatcher_type": moe.moe_token_dispatcher_type,
         "moe_router_dtype": "fp32",
-        "moe_grouped_gemm": implementation(config)[0] == "transformer_engine",
+        "moe_grouped_gemm": libraries.implementation(config)[0] == "transformer_engine",
         # Megatron-Core insists for one expert per token; our router has its own gates.
         "moe_router_pre_softmax": moe.moe_router_topk == 1,
         "expert_model_parallel_size": parallel.expert_model_parallel_size,
@@ -190,12 +186,13 @@ def _build_chunk(
         config=core_config,
         transformer_layer_spec=block_spec(
             core_config,
-            implementation=implementation(config)[0],
+            implementation=libraries.implementation(config)[0],
             residual_multiplier=model.residual_multiplier,
             vp_stage=vp_stage,
             gate=config.moe.moe_gate,
             balance=balance,
             emulates_fp8=config.training.fp8_emulation,
+            attention=libraries.attention(config),
         ),
         vocab_size=model.vocab_size,
         max_sequence_length=model.seq_length,

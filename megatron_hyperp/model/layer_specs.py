@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_hyperp.model.attention import SdpaAttention
 from megatron_hyperp.model.depth_mup import scaled_bias_dropout_add
 from megatron_hyperp.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
 from megatron_hyperp.moe.balance import Balance
@@ -39,6 +41,7 @@ def block_spec(
     vp_stage: int | None = None,
     gate: str = "sqrt",
     balance: Balance | None = None,
+    attention: str = "local",
     emulates_fp8: bool = False,
 ) -> TransformerBlockSubmodules:
     """Return the spec of one pipeline chunk.
@@ -53,6 +56,7 @@ def block_spec(
         vp_stage: index of the chunk under the interleaved schedule.
         gate: of the router, in a mixture of experts.
         balance: statistics that all routers share; None for a dense model.
+        attention: "local" (Megatron-Core's, unfused), "sdpa" (torch's fused kernel) or "transformer_engine".
         emulates_fp8: whether linear layers can emulate FP8, "local" alone.
     """
     local = implementation == "local"
@@ -71,6 +75,9 @@ def block_spec(
             parts.sharded_state_dict_keys_map["pre_mlp_layernorm."] = "mlp.linear_fc1.layer_norm_"
         if local:
             _use_local_norms(parts, qk=config.qk_layernorm)
+        if attention != "transformer_engine":
+            core = SdpaAttention if attention == "sdpa" else DotProductAttention
+            parts.self_attention.submodules.core_attention = core
         if emulates_fp8:
             _use_fp8_layers(parts)
     return block

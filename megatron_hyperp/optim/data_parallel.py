@@ -149,7 +149,10 @@ class DataParallel(_BaseDataParallel):  # type: ignore[misc]  # Megatron-Core ha
     def _accumulate(self, parameter: torch.Tensor) -> None:
         """Add a gradient to ``main_grad``; after the last micro-batch it is complete."""
         assert isinstance(parameter, torch.nn.Parameter)
-        if parameter.grad is not None and not parameter.grad_added_to_main_grad:  # type: ignore[attr-defined]
+        # A product's kernel that has added it leaves an empty one, but zeros for tied embeddings, to which autograd
+        # adds what the lookup contributes.
+        added = parameter.grad_added_to_main_grad and not getattr(parameter, "zero_out_wgrad", False)  # type: ignore[attr-defined]
+        if parameter.grad is not None and not added:
             parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
         parameter.grad = None
         if self._is_last_micro_batch:

@@ -1,8 +1,8 @@
 """Bytes that a rank keeps for the backward pass, with Megatron-Core's local layers.
 
 Counted tensor by tensor, as Korthikanti et al. (arXiv 2205.05198) do for the GPT of their day: here with RMSNorm,
-grouped queries, QK-norm, SwiGLU and experts. Attention is not fused, so its probabilities, [heads, sequence, sequence],
-are kept, and dominate long sequences unless they are recomputed.
+grouped queries, QK-norm, SwiGLU and experts. With ``--attention-backend local`` attention is not fused, so its
+probabilities, [heads, sequence, sequence], are kept, and dominate long sequences unless they are recomputed.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def layer_bytes(config: Config, mode: str | None = None) -> float:
         if not _norm_casts(itemsize):
             # Keys are a view that keeps the whole fused QKV alive.
             attention += tokens * (queries + keys) * itemsize
-    if mode == "selective":
+    if config.training.local_attention == "sdpa":
+        attention += tokens * _fused_bytes(config, queries, keys)
+    elif mode == "selective":
         attention += tokens * (queries + 2 * keys) * itemsize
     else:
         # Queries, and keys and values repeated for every query head.
@@ -65,6 +67,19 @@ def layer_bytes(config: Config, mode: str | None = None) -> float:
         attention += scores * (FP32 if itemsize == FP32 else FP32 + itemsize) + model.seq_length**2
     norms = 2 * tokens * model.hidden_size * (_norm_bytes(itemsize) + itemsize)
     return attention + norms / (tensor if parallel.sequence_parallel else 1) + _mlp_bytes(config)
+
+
+def _fused_bytes(config: Config, queries: float, keys: float) -> float:
+    """What torch's attention keeps of a token: queries, keys, values, and a log-sum-exp of each head.
+
+    Its output is the projection's input.
+    """
+    itemsize = _itemsize(config)
+    kept = queries + keys
+    if not config.model.qk_layernorm or _norm_casts(itemsize):
+        # Values are a view that keeps the whole fused QKV alive; otherwise keys do so already, for QK-norm.
+        kept += queries + 2 * keys
+    return kept * itemsize + queries / config.model.kv_channels * FP32
 
 
 def _mlp_bytes(config: Config) -> float:

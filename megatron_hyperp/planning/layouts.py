@@ -129,7 +129,7 @@ def layouts(config: Config, cluster: Cluster) -> tuple[list[Layout], list[Reject
             rejected.append(Rejected(_title(sizes, "none"), str(error)))
             continue
         held = _held(resolved, cluster.gpus)
-        for mode in MODES if asked == "none" else (asked,):
+        for mode in _modes(resolved) if asked == "none" else (asked,):
             tried = replace(resolved, training=replace(resolved.training, recompute_granularity=mode))
             layout = evaluate(tried, cluster, held)
             if layout.memory.total <= cluster.usable:
@@ -140,6 +140,12 @@ def layouts(config: Config, cluster: Cluster) -> tuple[list[Layout], list[Reject
             even = ", even with full recomputation" if layout.recompute == "full" else ""
             rejected.append(Rejected(_title(sizes, "none"), f"needs {need:.1f} GiB of {have:.1f}{even}"))
     return sorted(fitting, key=lambda layout: layout.seconds), rejected
+
+
+def _modes(config: Config) -> list[Literal["none", "selective", "full"]]:
+    """What may be recomputed: of fused attention alone nothing."""
+    fused = config.training.attention_backend != "local"
+    return [mode for mode in MODES if not (fused and mode == "selective")]
 
 
 def _candidates(config: Config, cluster: Cluster) -> Iterator[tuple[Config, dict[str, int]]]:

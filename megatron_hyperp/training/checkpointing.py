@@ -56,6 +56,8 @@ COURSE = {
     "training": {
         *("micro_batch_size", "exit_interval", "eval_interval", "eval_iters", "transformer_impl"),
         *("recompute_granularity", "recompute_method", "recompute_num_layers"),
+        *("attention_backend", "gradient_accumulation_fusion"),
+        *("cross_entropy_loss_fusion", "cross_entropy_fusion_impl"),
     },
 }
 

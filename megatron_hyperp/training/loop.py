@@ -159,11 +159,9 @@ class Trainer:
             setattr(owner, name, around(getattr(owner, name)))
 
     def _announce(self) -> None:
-        from megatron_hyperp.model.build import implementation
-
         config, model, parallel = self.config, self.config.model, self.config.parallel
         self.console.print(f"megatron-hyperp on {self.world_size} x {device.describe()}")
-        self.console.print(libraries.describe_layers(*implementation(config)))
+        self.console.print(libraries.describe(config))
         self.console.print(
             f"model: {estimate.parameter_count(model, config.moe):,} parameters, {model.num_layers} layers, width"
             f" {model.hidden_size}, FFN {model.ffn_hidden_size}, {model.num_attention_heads} heads of"

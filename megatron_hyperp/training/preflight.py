@@ -43,6 +43,7 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
             same_on_all_ranks=True,
         )
     _check_layers(config)
+    _check_kernels(config)
     alarms.check(config.logging.alarm, saves=config.checkpoint.save is not None)
     profiling.check(config, world_size)
     options = config.optimizer
@@ -68,7 +69,7 @@ def _check_layers(config: Config) -> None:
     Megatron-Core itself would train without FP8 where it cannot run, and say nothing.
     """
     training = config.training
-    libraries.transformer_impl(training.transformer_impl, emulating=training.fp8_emulation)
+    libraries.implementation(config)
     if training.fp8_format != "none" and not training.fp8_emulation:
         lacking = libraries.lacks_fp8(training.fp8_recipe)
         if lacking:
@@ -76,6 +77,36 @@ def _check_layers(config: Config) -> None:
                 f"--fp8-format {training.fp8_format} with --fp8-recipe {training.fp8_recipe} needs {lacking}; give"
                 " --fp8-emulation for the same numerics in emulation, or leave it out"
             )
+
+
+# Largest head of torch's flash attention under CUDA.
+FLASH_HEAD = 256
+
+
+def _check_kernels(config: Config) -> None:
+    training, head = config.training, config.model.kv_channels
+    if device.has_cuda() and training.bf16 and head > FLASH_HEAD and libraries.attention(config) == "sdpa":
+        raise UsageError(
+            f"--attention-backend sdpa has heads of {FLASH_HEAD} at most under CUDA, not of {head}; lower"
+            " --kv-channels, or give local",
+            same_on_all_ranks=True,
+        )
+    if training.cross_entropy_loss_fusion:
+        engine = training.cross_entropy_fusion_impl == "te"
+        lacking = libraries.lacks(libraries.CROSS_ENTROPY) if engine else None if device.has_cuda() else "CUDA"
+        if lacking:
+            ways = "install TransformerEngine, give native, or leave it out" if engine else "leave it out"
+            raise UsageError(
+                f"--cross-entropy-loss-fusion with --cross-entropy-fusion-impl {training.cross_entropy_fusion_impl}"
+                f" needs {lacking}; {ways}",
+                same_on_all_ranks=True,
+            )
+    if training.gradient_accumulation_fusion and (lacking := libraries.lacks(libraries.ACCUMULATION_FUSION)):
+        raise UsageError(
+            f"--gradient-accumulation-fusion needs {lacking}; build NVIDIA's apex from source with --cpp_ext and"
+            " --cuda_ext (not PyPI's), take an NGC image, or leave it out",
+            same_on_all_ranks=True,
+        )
 
 
 def _checkpoint_to_load(config: Config) -> Path | None:

@@ -15,5 +15,6 @@ def stand_in_for_transformer_engine() -> None:
     sys.path.insert(0, str(Path(__file__).parent))
     from megatron_hyperp import libraries
 
-    libraries.lacks_transformer_engine = lambda: None
+    lacks = libraries.lacks
+    libraries.lacks = lambda extension: None if extension == libraries.TRANSFORMER_ENGINE else lacks(extension)
     libraries.lacks_fp8 = lambda recipe: None

@@ -527,6 +527,26 @@ REFUSALS = [
         "give hyperp or muonh$",
     ),
     Refusal(
+        f"{SMALL} --attention-backend sdpa --recompute-granularity selective",
+        "--recompute-granularity selective recomputes what --attention-backend sdpa does not keep",
+        "leave it out, or give full$",
+    ),
+    Refusal(
+        f"{SMALL} --cross-entropy-fusion-impl te",
+        "--cross-entropy-fusion-impl te needs --cross-entropy-loss-fusion",
+        "give it, or leave it out$",
+    ),
+    Refusal(
+        f"{SMALL} --cross-entropy-loss-fusion",
+        "--cross-entropy-loss-fusion rounds gradients to bf16",
+        "give --bf16, or te, or leave it out$",
+    ),
+    Refusal(
+        f"{SMALL} --gradient-accumulation-fusion --fp8-format hybrid --fp8-emulation",
+        "--gradient-accumulation-fusion .*--fp8-emulation",
+        "leave one out$",
+    ),
+    Refusal(
         f"{EXPERTS} {PP2} --expert-model-parallel-size 4",
         r"2 rank\(s\) cannot hold expert x expert-tensor x pipeline parallelism 4 x 1 x 2",
         "a multiple of 8 ranks, or lower --expert-model-parallel-size",
@@ -599,6 +619,10 @@ def test_every_refusal_has_a_test() -> None:
         (f"{SMALL} --lr-warmup-iters 19 --lr 0.1 --min-lr 0.1", 1),
         (f"{SMALL} --lr-decay-style WSD --lr-warmup-iters 15 --lr-wsd-decay-iters 5", 1),
         (f"{SMALL} --muon-momentum 0 --adam-beta1 0 --weight-decay 0 --clip-grad 0", 8),
+        (f"{SMALL} --attention-backend sdpa --recompute-granularity full", 1),
+        (f"{SMALL} --cross-entropy-loss-fusion --bf16", 1),
+        (f"{SMALL} --cross-entropy-loss-fusion --cross-entropy-fusion-impl te", 1),
+        (f"{SMALL} --no-gradient-accumulation-fusion --fp8-format hybrid --fp8-emulation", 1),
         # Harmless without experts: one command line serves dense models and mixtures.
         (f"{SMALL} --moe-gate softmax --moe-aux-loss-coeff 0.01 --moe-router-load-balancing-type none", 1),
         (f"{SMALL} --moe-token-dispatcher-type allgather", 1),

@@ -15,6 +15,7 @@ from tests.run_distributed import run_distributed
 
 SMALL = "--depth 4 --aspect-ratio 32 --vocab-size 512 --train-iters 1 --global-batch-size 24 --seq-length 64"
 MOE = "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-shared-expert-intermediate-size 64"
+UNFUSED = "--attention-backend local"
 TP2SP = "--tensor-model-parallel-size 2 --sequence-parallel"
 STATES = {
     "one rank": (1, ""),
@@ -31,12 +32,18 @@ STATES = {
     "TP2, experts": (2, f"{MOE} {TP2SP}"),
 }
 KEPT = {
-    "dense": "",
-    "bf16": "--bf16",
-    "no QK-norm, long": "--no-qk-layernorm --seq-length 256",
-    "wide MLP": "--ffn-hidden-size 2048 --micro-batch-size 4",
+    "dense": UNFUSED,
+    "bf16": f"{UNFUSED} --bf16",
+    "no QK-norm, long": f"{UNFUSED} --no-qk-layernorm --seq-length 256",
+    "wide MLP": f"{UNFUSED} --ffn-hidden-size 2048 --micro-batch-size 4",
     "selective": "--recompute-granularity selective",
-    "full": "--recompute-granularity full",
+    "full": f"{UNFUSED} --recompute-granularity full",
+    "fused attention": "",
+    "fused attention, batch": "--micro-batch-size 4",
+    "fused attention, bf16": "--bf16 --micro-batch-size 2",
+    "fused attention, no QK-norm, long": "--no-qk-layernorm --seq-length 256",
+    "fused attention, bf16, no QK-norm": "--bf16 --no-qk-layernorm",
+    "fused attention, full": "--recompute-granularity full",
     "experts": MOE,
     "experts, bf16": f"{MOE} --bf16 --micro-batch-size 3",
 }

@@ -102,6 +102,16 @@ def test_sizes_that_are_given_are_kept(capsys: pytest.CaptureFixture[str]) -> No
     assert not result["alternatives"]
 
 
+def test_fused_attention_leaves_nothing_to_selective_recomputation(capsys: pytest.CaptureFixture[str]) -> None:
+    def modes(flags: str) -> list[str]:
+        result = plan(capsys, f"--depth 16 --bf16 --gpus 8 {flags}")
+        return [item["recompute_granularity"] for item in (result, *result["alternatives"])]
+
+    assert modes("--micro-batch-size 2 --attention-backend local")[0] == "selective"
+    assert modes("--micro-batch-size 2")[0] == "none"
+    assert set(modes("--micro-batch-size 16")) == {"none", "full"}
+
+
 def test_layouts_that_do_not_fit_say_why(capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--depth 24 --bf16 --gpus 2 --moe-sparsity 8 --moe-topk 8 --num-experts 64"
     result = plan(capsys, flags)

@@ -1,0 +1,198 @@
+"""Training with optional kernels is training without: attention, weight gradients added by a product, the loss."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from tests import tolerances
+from tests.run_distributed import run_distributed
+from tests.toy import rows_of_training, toy_config, write_corpus
+
+ITERATIONS = 10
+UNFUSED = {"attention_backend": "local"}
+SDPA = {"attention_backend": "sdpa"}
+FUSED = {"gradient_accumulation_fusion": True}
+LOSS = {"cross_entropy_loss_fusion": True, "bf16": True}
+TIED = {"untie_embeddings_and_output_weights": False}
+TP2SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
+PP2 = {"pipeline_model_parallel_size": 2}
+OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 30000}
+EXPERTS = {
+    "num_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+}
+WATCHED = {"stability_interval": ITERATIONS}
+ALONE: dict[str, dict[str, Any]] = {
+    "plain": WATCHED,
+    "plain, tied": TIED,
+    "plain, experts": EXPERTS,
+    "plain, bf16": {"bf16": True},
+    "sdpa": {**SDPA, **WATCHED},
+    "sdpa, one head a group": {**SDPA, "num_query_groups": 4},
+    "plain, one head a group": {"num_query_groups": 4},
+    "sdpa, full": {**SDPA, "recompute_granularity": "full"},
+    "sdpa, bf16": {**SDPA, "bf16": True},
+    "fused": FUSED,
+    "fused, full": {**FUSED, "recompute_granularity": "full"},
+    "fused, tied": {**FUSED, **TIED},
+    "fused, experts": {**FUSED, **EXPERTS},
+    "fused, bf16": {**FUSED, "bf16": True},
+    "loss, bf16": LOSS,
+}
+TOGETHER: dict[str, dict[str, Any]] = {
+    "sdpa, TP2": {**SDPA, **TP2SP, **WATCHED},
+    "sdpa, PP2": {**SDPA, **PP2},
+    "loss, TP2": {**LOSS, **TP2SP},
+    "plain, TP2, bf16": {**TP2SP, "bf16": True},
+    "plain, TP2": TP2SP,
+    "plain, DP2": OVERLAP,
+    "plain, EP2": {**EXPERTS, "expert_model_parallel_size": 2},
+    "plain, PP2, tied": {**PP2, **TIED},
+    "fused, TP2": {**FUSED, **TP2SP},
+    "fused, DP2": {**FUSED, **OVERLAP},
+    "fused, EP2": {**FUSED, **EXPERTS, "expert_model_parallel_size": 2},
+    "fused, PP2, tied": {**FUSED, **PP2, **TIED},
+}
+
+
+def stand_in() -> Any:
+    """Return a module like apex's, which adds a weight's gradient to its fp32 sums, and counts."""
+    module: Any = ModuleType("fused_weight_gradient_mlp_cuda")
+    module.calls = 0
+
+    def accumulate(x: torch.Tensor, gradient: torch.Tensor, main_grad: torch.Tensor) -> None:
+        module.calls += 1
+        main_grad += gradient.float().t() @ x.float()
+
+    module.wgrad_gemm_accum_fp32 = accumulate
+    return module
+
+
+def train_all(prefix: str, folder: str, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Train each case; return its losses, gradient norms and indicators, and the calls of the kernel."""
+    # Before Megatron-Core is imported, which looks for it then.
+    apex = sys.modules["fused_weight_gradient_mlp_cuda"] = stand_in()
+    from megatron_hyperp import device
+    from megatron_hyperp.training.logging import kind_of
+
+    device.adapt_megatron()
+    device.init_process_group(2)
+    # The fused loss, uncompiled: the compiler asks CUDA for its device, which does not exist here.
+    torch._dynamo.config.disable = True
+    result = {}
+    for title, overrides in cases.items():
+        apex.calls = 0
+        rows = rows_of_training(
+            toy_config(prefix, Path(folder), train_iters=ITERATIONS, quiet=True, **{**UNFUSED, **overrides})
+        )
+        steps = [row for row in rows if "loss" in row]
+        result[title] = {
+            "loss": [row["loss"] for row in steps],
+            "grad_norm": [row["grad_norm"] for row in steps],
+            "stability": [row for row in rows if kind_of(row) == "stability"],
+            "calls": apex.calls,
+        }
+    return result
+
+
+Results = dict[str, dict[str, Any]]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    folder = tmp_path_factory.mktemp("kernels")
+    prefix = write_corpus(folder)
+    [alone] = run_distributed(train_all, 1, prefix, str(folder), ALONE)
+    first, second = run_distributed(train_all, 2, prefix, str(folder), TOGETHER)
+    # The first pipeline stage of two has another number of layers than the last, which has the output layer.
+    return {**alone, **first, **{f"{title}, last": result for title, result in second.items()}}
+
+
+def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert len(found["loss"]) == ITERATIONS
+    assert found["loss"] == pytest.approx(expected["loss"], rel=tolerances.LAYOUT_LOSS)
+    assert found["grad_norm"][0] == pytest.approx(expected["grad_norm"][0], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("title", "reference"),
+    [
+        ("sdpa", "plain"),
+        ("sdpa, one head a group", "plain, one head a group"),
+        ("sdpa, full", "sdpa"),
+        ("sdpa, TP2", "plain"),
+        ("sdpa, PP2", "plain"),
+        ("fused, tied", "plain, tied"),
+    ],
+)
+def test_losses_are_those_without(title: str, reference: str, trained: Results) -> None:
+    assert_close(trained[title], trained[reference])
+    # It is another kernel, after all.
+    assert title == "sdpa, full" or trained[title]["loss"] != trained[reference]["loss"]
+
+
+@pytest.mark.parametrize("title", ["sdpa, bf16", "fused, bf16"])
+def test_bf16(title: str, trained: Results) -> None:
+    assert trained[title]["loss"] == pytest.approx(trained["plain, bf16"]["loss"], rel=1e-2)
+    assert trained[title]["grad_norm"][0] == pytest.approx(trained["plain, bf16"]["grad_norm"][0], rel=1e-2)
+
+
+@pytest.mark.parametrize(("title", "reference"), [("loss, bf16", "plain, bf16"), ("loss, TP2", "plain, TP2, bf16")])
+def test_the_fused_loss_is_the_same(title: str, reference: str, trained: Results) -> None:
+    assert trained[title]["loss"][0] == pytest.approx(trained[reference]["loss"][0], rel=1e-6)
+    assert trained[title]["grad_norm"][0] == pytest.approx(trained[reference]["grad_norm"][0], rel=1e-5)
+    assert trained[title]["loss"] == pytest.approx(trained[reference]["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("title", ["sdpa", "sdpa, TP2"])
+def test_indicators_see_through_the_kernel(title: str, trained: Results) -> None:
+    [expected], [found] = trained["plain"]["stability"], trained[title]["stability"]
+    assert found["attention_z_per_layer"] == pytest.approx(expected["attention_z_per_layer"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("title", "reference"),
+    [
+        ("fused", "plain"),
+        ("fused, full", "plain"),
+        ("fused, experts", "plain, experts"),
+        ("fused, TP2", "plain, TP2"),
+        ("fused, DP2", "plain, DP2"),
+        ("fused, EP2", "plain, EP2"),
+        ("fused, PP2, tied", "plain, PP2, tied"),
+    ],
+)
+def test_gradients_that_the_kernel_adds_are_the_same_bits(title: str, reference: str, trained: Results) -> None:
+    for key in ("loss", "grad_norm"):
+        assert trained[title][key] == trained[reference][key], key
+    assert not trained[reference]["calls"]
+
+
+@pytest.mark.parametrize(
+    ("title", "linear_layers", "micro_batches"),
+    [
+        # QKV, projection and two of the MLP in each of four layers, and the output layer.
+        ("fused", 17, 4),
+        ("fused, full", 17, 4),
+        ("fused, tied", 17, 4),
+        # Grouped experts and the router do not use it, the shared expert does.
+        ("fused, experts", 17, 4),
+        ("fused, TP2", 17, 4),
+        ("fused, DP2", 17, 2),
+        ("fused, EP2", 17, 2),
+        ("fused, PP2, tied", 8, 4),
+        ("fused, PP2, tied, last", 9, 4),
+    ],
+)
+def test_every_linear_layer_uses_the_kernel(
+    title: str, linear_layers: int, micro_batches: int, trained: Results
+) -> None:
+    assert trained[title]["calls"] == linear_layers * micro_batches * ITERATIONS
