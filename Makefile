@@ -1,10 +1,12 @@
 # make test    set up and run the tests          make check       lint, types and tests, as CI does
 # make lint    ruff and mypy                      make test-slow   the tests that CI has no time for
+# make test-gpu    the tests that need a GPU, with the python that is found first (TEST_PYTHON=...), not with .venv
 VENV ?= .venv
+TEST_PYTHON ?= python3
 PYTHON ?= python3
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup lint test test-slow check
+.PHONY: setup lint test test-slow test-gpu check
 
 setup: $(VENV)/installed
 
@@ -25,5 +27,9 @@ test: setup
 
 test-slow: setup
 	$(VENV)/bin/python -m pytest -m slow
+
+# Measured figures are printed: -s. A GPU machine brings its own PyTorch, TransformerEngine and apex.
+test-gpu:
+	$(TEST_PYTHON) -m pytest -s -rs tests/gpu
 
 check: lint test

@@ -32,6 +32,25 @@ def write_corpus(folder: Path, *, documents: int = 2000, seed: int = 0, vocabula
     return prefix
 
 
+def write_text_corpus(folder: Path, *, max_bytes: int = 4_000_000) -> str:
+    """Write sources of the installed Python as documents of bytes (vocabulary 256), and return their prefix."""
+    import sysconfig
+
+    import torch
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    prefix, written = str(folder / "text"), 0
+    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        content = path.read_bytes()
+        if content and written < max_bytes:
+            builder.add_item(torch.frombuffer(bytearray(content), dtype=torch.uint8).int())
+            builder.end_document()
+            written += len(content)
+    builder.finalize(prefix + ".idx")
+    return prefix
+
+
 def toy_config(prefix: str, run_dir: Path, **overrides: Any) -> Config:
     """Return a four-layer config that trains in a second; ``overrides`` name fields of any section."""
     fields = {
@@ -73,7 +92,9 @@ def rows_of_training(config: Config) -> list[dict[str, Any]]:
     from megatron_hyperp.data.tokenizer import load_tokenizer
     from megatron_hyperp.training.loop import Trainer
 
-    trainer = Trainer(config.resolve(world_size=dist.get_world_size()), load_tokenizer(f"null:{VOCABULARY}"), None)
+    trainer = Trainer(
+        config.resolve(world_size=dist.get_world_size()), load_tokenizer(config.data.tokenizer_model or ""), None
+    )
     rows: list[dict[str, Any]] = []
     trainer.writer.write = rows.append  # type: ignore[method-assign,assignment]
     trainer.train()
