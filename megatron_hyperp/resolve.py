@@ -404,15 +404,13 @@ def _check_fp8(config: Config) -> None:
         ):
             if given:
                 raise UsageError(f"{flag} needs --fp8-format; give hybrid or e4m3, or leave it out")
+    _check_delayed_scaling(training)
+    if training.fp8_format == "none":
         return
     if start + end >= layers:
         raise UsageError(
             f"--num-layers-at-start-in-bf16 {start} and --num-layers-at-end-in-bf16 {end} leave none of the {layers}"
             " layers to FP8; lower them, or leave out --fp8-format"
-        )
-    if training.fp8_emulation and training.fp8_recipe == "delayed":
-        raise UsageError(
-            "--fp8-emulation has no --fp8-recipe delayed; give tensorwise, whose scales are those of the same step"
         )
     if training.fp8_recipe == "rowwise" and not training.fp8_emulation:
         raise UsageError("--fp8-recipe rowwise needs --fp8-emulation; TransformerEngine has no such recipe")
@@ -431,3 +429,24 @@ def _check_fp8(config: Config) -> None:
                 f"--fp8-weight-scale sphere needs weights on spheres, which --optimizer {config.optimizer.optimizer}"
                 " leaves; give hyperp or muonh"
             )
+
+
+def _check_delayed_scaling(training: TrainingConfig) -> None:
+    length, algo, margin = training.fp8_amax_history_len, training.fp8_amax_compute_algo, training.fp8_margin
+    if training.fp8_format == "none" or training.fp8_recipe != "delayed":
+        for flag, given in (
+            ("--fp8-amax-history-len", length > 1),
+            ("--fp8-amax-compute-algo max", algo == "max"),
+            ("--fp8-margin", margin),
+        ):
+            if given:
+                raise UsageError(f"{flag} needs --fp8-format and --fp8-recipe delayed; give both, or leave it out")
+    if length > 1 and algo != "max":
+        raise UsageError(
+            f"--fp8-amax-history-len {length} keeps steps that --fp8-amax-compute-algo {algo} does not look at;"
+            " give max, or leave the length out"
+        )
+    if length == 1 and algo == "max":
+        raise UsageError(
+            "--fp8-amax-compute-algo max needs --fp8-amax-history-len above 1; give a length, 1024 say, or leave it out"
+        )

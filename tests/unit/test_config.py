@@ -482,9 +482,21 @@ REFUSALS = [
         "lower them, or leave out --fp8-format$",
     ),
     Refusal(
-        f"{SMALL} --fp8-format hybrid --fp8-emulation --fp8-recipe delayed",
-        "--fp8-emulation has no --fp8-recipe delayed",
-        "give tensorwise",
+        f"{SMALL} --fp8-format hybrid --fp8-amax-history-len 4 --fp8-amax-compute-algo max",
+        "--fp8-amax-history-len needs --fp8-format and --fp8-recipe delayed",
+        "give both, or leave it out$",
+    ),
+    Refusal(f"{SMALL} --fp8-amax-compute-algo max", "max needs --fp8-format and --fp8-recipe", "leave it out$"),
+    Refusal(f"{SMALL} --fp8-margin 1", "--fp8-margin needs --fp8-format and --fp8-recipe delayed", "leave it out$"),
+    Refusal(
+        f"{SMALL} --fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 4",
+        "--fp8-amax-history-len 4 keeps steps that --fp8-amax-compute-algo most_recent does not look at",
+        "give max, or leave the length out$",
+    ),
+    Refusal(
+        f"{SMALL} --fp8-format hybrid --fp8-recipe delayed --fp8-amax-compute-algo max",
+        "--fp8-amax-compute-algo max needs --fp8-amax-history-len above 1",
+        "give a length, 1024 say",
     ),
     Refusal(f"{SMALL} --fp8-format e4m3 --fp8-recipe rowwise", "rowwise needs --fp8-emulation", "no such recipe$"),
     Refusal(
