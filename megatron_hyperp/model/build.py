@@ -144,6 +144,7 @@ def build_model(
 def emulate_fp8(chunk: torch.nn.Module, config: Config, scales: DelayedScales | None) -> None:
     """Let the linear layers of a chunk's transformer layers round to FP8, but for the first and last layers."""
     training = config.training
+    assert (scales is not None) == (training.fp8_recipe == "delayed")
     recipe = Fp8Recipe(
         gradients="e5m2" if training.fp8_format == "hybrid" else "e4m3",
         scaling="tensorwise" if training.fp8_recipe == "delayed" else training.fp8_recipe,
