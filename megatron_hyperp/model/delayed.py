@@ -3,7 +3,7 @@
 The numbers are TransformerEngine's (``DelayedScaling`` of transformer_engine/common/recipe, the kernel in
 common/recipe/delayed_scaling.cu): a scale is 1 at first, then the format's largest number over 2^margin and over the
 largest element of the history; where that is 0 or not finite it stays. Every expert has scales of its own. Two things
-differ. TransformerEngine updates the scales of the forward pass after each micro-batch; here all micro-batches of a
+differ. TransformerEngine updates scales after each micro-batch, at the end of its passes; here all micro-batches of a
 step have the same scales and fill the same entry, so that their number does not matter. And here the entry is reduced
 over all ranks, not over those of tensor and data parallelism alone: ranks without a tensor add zeros, and every rank
 then knows every scale, which makes checkpoints independent of the layout.
