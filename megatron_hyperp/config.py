@@ -224,6 +224,13 @@ class TrainingConfig:
     fp8_recipe: Literal["delayed", "tensorwise", "rowwise", "blockwise", "mxfp8"] = knob(
         "tensorwise", "which elements share a scale; delayed: those of a tensor, from earlier steps"
     )
+    fp8_amax_history_len: int = knob(
+        1, "delayed: steps of which the largest element gives the scale; above 1 with --fp8-amax-compute-algo", POSITIVE
+    )
+    fp8_amax_compute_algo: Literal["most_recent", "max"] = knob(
+        "most_recent", "delayed: scales follow from the last step, or from the largest element of the history"
+    )
+    fp8_margin: int = knob(0, "delayed: powers of two between the largest element and the format's largest number")
     fp8_emulation: bool = knob(False, "round to FP8 and back on any device, to study its numerics; slower than no FP8")
     fp8_weight_scale: Literal["current", "sphere"] = knob(
         "current", "scales of weights: from the largest element, or fixed by the radius of the sphere (tensorwise)"

@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
-from megatron_hyperp import estimate, transfer
+from megatron_hyperp import estimate, precision, transfer
 from megatron_hyperp.config import (
     RANGES,
     Config,
@@ -22,6 +22,7 @@ from megatron_hyperp.config import (
     width_multiplier,
 )
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.text import divisors, multiples
 
 
 def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -> Config:
@@ -36,8 +37,7 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -
         _resolve_scaling(config)
         _resolve_schedule(config)
         _check_newton_schulz(config)
-        _check_fp8(config)
-        _check_kernels(config.training)
+        precision.check(config)
     except UsageError as error:
         error.same_on_all_ranks = True
         raise
@@ -83,13 +83,13 @@ def _resolve_architecture(model: ModelConfig, tokenizer_vocab_size: int | None) 
     if not model.kv_channels and model.hidden_size % heads:
         raise UsageError(
             f"--hidden-size {model.hidden_size} is not divisible by --num-attention-heads {heads};"
-            f" the nearest that are: {_multiples(model.hidden_size, heads)} (or give --kv-channels)"
+            f" the nearest that are: {multiples(model.hidden_size, heads)} (or give --kv-channels)"
         )
     _fill(model, ffn_hidden_size=4 * model.hidden_size, kv_channels=model.hidden_size // heads, num_query_groups=heads)
     if heads % model.num_query_groups:
         raise UsageError(
             f"--num-query-groups {model.num_query_groups} does not divide --num-attention-heads {heads};"
-            f" those that do: {_divisors(heads)}"
+            f" those that do: {divisors(heads)}"
         )
     if model.kv_channels % 2:
         raise UsageError(
@@ -117,7 +117,7 @@ def _resolve_experts(model: ModelConfig, moe: MoEConfig) -> None:
         if model.ffn_hidden_size % topk:
             raise UsageError(
                 f"--moe-topk {topk} does not divide the FFN size {model.ffn_hidden_size} into experts;"
-                f" the nearest --ffn-hidden-size: {_multiples(model.ffn_hidden_size, topk)}"
+                f" the nearest --ffn-hidden-size: {multiples(model.ffn_hidden_size, topk)}"
             )
         _fill(moe, num_experts=sparsity * topk - shared, moe_router_topk=topk - shared)
         _fill(moe, moe_ffn_hidden_size=model.ffn_hidden_size // topk)
@@ -175,8 +175,8 @@ def _check_expert_parallelism(config: Config, world_size: int) -> None:
     if moe.num_experts % ep:
         raise UsageError(
             f"--expert-model-parallel-size {ep} does not divide the {moe.num_experts} routed experts;"
-            f" those that do: {_divisors(moe.num_experts)}; the nearest --num-experts that it divides:"
-            f" {_multiples(moe.num_experts, ep)}"
+            f" those that do: {divisors(moe.num_experts)}; the nearest --num-experts that it divides:"
+            f" {multiples(moe.num_experts, ep)}"
         )
     if etp not in (1, tp):
         raise UsageError(
@@ -185,7 +185,7 @@ def _check_expert_parallelism(config: Config, world_size: int) -> None:
     if moe.moe_ffn_hidden_size % etp:
         raise UsageError(
             f"--expert-tensor-parallel-size {etp} does not divide --moe-ffn-hidden-size {moe.moe_ffn_hidden_size};"
-            f" the nearest: {_multiples(moe.moe_ffn_hidden_size, etp)}"
+            f" the nearest: {multiples(moe.moe_ffn_hidden_size, etp)}"
         )
     # Rows of 16 bytes, for grouped products.
     multiple = 8 if config.training.bf16 else 4
@@ -196,7 +196,7 @@ def _check_expert_parallelism(config: Config, world_size: int) -> None:
         if size % multiple:
             raise UsageError(
                 f"{flag} is {size}; experts are multiplied in groups, which needs a multiple of {multiple};"
-                f" the nearest: {_multiples(size, multiple)}"
+                f" the nearest: {multiples(size, multiple)}"
             )
     if world_size % (ep * etp * pp):
         raise UsageError(
@@ -207,7 +207,7 @@ def _check_expert_parallelism(config: Config, world_size: int) -> None:
         raise UsageError(
             f"--tensor-model-parallel-size {tp} does not divide --moe-shared-expert-intermediate-size"
             f" {moe.moe_shared_expert_intermediate_size}; the nearest:"
-            f" {_multiples(moe.moe_shared_expert_intermediate_size, tp)}"
+            f" {multiples(moe.moe_shared_expert_intermediate_size, tp)}"
         )
 
 
@@ -238,14 +238,14 @@ def _check_parallelism(config: Config, world_size: int) -> None:
             fitting = math.gcd(*(getattr(model, name) for name in split_by_tp))
             raise UsageError(
                 f"--tensor-model-parallel-size {tp} does not divide {flag_name(name)} {getattr(model, name)};"
-                f" sizes that fit this model: {_divisors(fitting)}"
+                f" sizes that fit this model: {divisors(fitting)}"
             )
     if parallel.sequence_parallel and tp == 1:
         raise UsageError("--sequence-parallel needs --tensor-model-parallel-size above 1; leave it out, or raise that")
     if parallel.sequence_parallel and model.seq_length % tp:
         raise UsageError(
             f"--sequence-parallel needs a --seq-length that --tensor-model-parallel-size {tp} divides,"
-            f" not {model.seq_length}; the nearest: {_multiples(model.seq_length, tp)}"
+            f" not {model.seq_length}; the nearest: {multiples(model.seq_length, tp)}"
         )
     _check_expert_parallelism(config, world_size)
     _check_pipeline(config)
@@ -265,7 +265,7 @@ def _check_pipeline(config: Config) -> None:
         raise UsageError(
             f"{flag} {model.num_layers} is not divisible by --pipeline-model-parallel-size x"
             f" --num-virtual-stages-per-pipeline-rank = {pp * virtual}; the nearest that are:"
-            f" {_multiples(model.num_layers, pp * virtual)}"
+            f" {multiples(model.num_layers, pp * virtual)}"
         )
     if config.training.recompute_granularity == "full":
         _check_recompute(config.training, layers=model.num_layers // (pp * virtual))
@@ -277,7 +277,7 @@ def _check_recompute(training: TrainingConfig, layers: int) -> None:
     if training.recompute_method == "uniform" and layers % number:
         raise UsageError(
             f"--recompute-num-layers {number} does not divide the {layers} layers of a pipeline chunk;"
-            f" those that do: {_divisors(layers)}"
+            f" those that do: {divisors(layers)}"
         )
     if number > layers:
         raise UsageError(
@@ -292,24 +292,14 @@ def _check_batch(config: Config, world_size: int) -> None:
     if size % share:
         raise UsageError(
             f"--global-batch-size {size} is not divisible by --micro-batch-size x data-parallel ranks = {share};"
-            f" the nearest that are: {_multiples(size, share)}"
+            f" the nearest that are: {multiples(size, share)}"
         )
     micro_batches, pp = size // share, parallel.pipeline_model_parallel_size
     if parallel.num_virtual_stages_per_pipeline_rank > 1 and micro_batches % pp:
         raise UsageError(
             f"--global-batch-size {size} makes {micro_batches} micro-batches, a number that the interleaved schedule"
-            f" needs --pipeline-model-parallel-size {pp} to divide; the nearest: {_multiples(size, share * pp)}"
+            f" needs --pipeline-model-parallel-size {pp} to divide; the nearest: {multiples(size, share * pp)}"
         )
-
-
-def _multiples(number: int, divisor: int) -> str:
-    """The multiples of ``divisor`` on both sides of a number that is none."""
-    below = number // divisor * divisor
-    return " and ".join(str(multiple) for multiple in (below, below + divisor) if multiple)
-
-
-def _divisors(number: int) -> str:
-    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
 
 
 def _resolve_duration(config: Config) -> None:
@@ -390,117 +380,3 @@ def _check_newton_schulz(config: Config) -> None:
             raise UsageError(f"{flag} gram loses accuracy with --ns-dtype bf16; give fp16 or fp32, or leave it out")
     if options.ns_form == "standard" and options.ns_strategy == "gram":
         raise UsageError("--ns-strategy gram iterates in Gram form, which --ns-form standard rules out; leave one out")
-
-
-def _check_fp8(config: Config) -> None:
-    training, layers = config.training, config.model.num_layers
-    start, end = training.num_layers_at_start_in_bf16, training.num_layers_at_end_in_bf16
-    if training.fp8_format == "none":
-        static = training.fp8_weight_scale == "sphere"
-        for flag, given in (
-            ("--fp8-emulation", training.fp8_emulation),
-            ("--fp8-weight-scale sphere", static),
-            ("--num-layers-at-start-in-bf16", start),
-            ("--num-layers-at-end-in-bf16", end),
-        ):
-            if given:
-                raise UsageError(f"{flag} needs --fp8-format; give hybrid or e4m3, or leave it out")
-        return
-    if start + end >= layers:
-        raise UsageError(
-            f"--num-layers-at-start-in-bf16 {start} and --num-layers-at-end-in-bf16 {end} leave none of the {layers}"
-            " layers to FP8; lower them, or leave out --fp8-format"
-        )
-    if training.fp8_emulation and training.fp8_recipe == "delayed":
-        raise UsageError(
-            "--fp8-emulation has no --fp8-recipe delayed; give tensorwise, whose scales are those of the same step"
-        )
-    if training.fp8_emulation:
-        if training.transformer_impl == "transformer_engine":
-            raise UsageError(
-                "--fp8-emulation is of Megatron-Core's local layers, not of --transformer-impl transformer_engine;"
-                " leave one of them out"
-            )
-    else:
-        _check_fp8_layers(config)
-    if training.fp8_weight_scale == "sphere":
-        if not training.fp8_emulation:
-            raise UsageError(
-                "--fp8-weight-scale sphere needs --fp8-emulation; TransformerEngine takes no static scales"
-            )
-        if training.fp8_recipe != "tensorwise":
-            raise UsageError(
-                f"--fp8-weight-scale sphere gives one scale a matrix, which --fp8-recipe {training.fp8_recipe} has not;"
-                " give tensorwise"
-            )
-        if config.optimizer.optimizer not in ("hyperp", "muonh"):
-            raise UsageError(
-                f"--fp8-weight-scale sphere needs weights on spheres, which --optimizer {config.optimizer.optimizer}"
-                " leaves; give hyperp or muonh"
-            )
-
-
-def _check_kernels(training: TrainingConfig) -> None:
-    if training.attention_backend == "sdpa" and training.recompute_granularity == "selective":
-        raise UsageError(
-            "--recompute-granularity selective recomputes what --attention-backend sdpa does not keep;"
-            " leave it out, or give full"
-        )
-    if training.cross_entropy_fusion_impl == "te" and not training.cross_entropy_loss_fusion:
-        raise UsageError("--cross-entropy-fusion-impl te needs --cross-entropy-loss-fusion; give it, or leave it out")
-    if training.cross_entropy_loss_fusion and training.cross_entropy_fusion_impl == "native" and not training.bf16:
-        raise UsageError(
-            "--cross-entropy-loss-fusion rounds gradients to bf16 with --cross-entropy-fusion-impl native; give --bf16,"
-            " or te, or leave it out"
-        )
-    if training.gradient_accumulation_fusion and training.fp8_emulation:
-        raise UsageError(
-            "--gradient-accumulation-fusion adds to the weight of a product, which --fp8-emulation replaces by a"
-            " rounded copy; leave one out"
-        )
-
-
-# TransformerEngine's products in FP8 take multiples of these numbers of elements, in every dimension.
-_FP8_MULTIPLES = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
-
-
-def _check_fp8_layers(config: Config) -> None:
-    """Refuse what TransformerEngine's FP8 cannot do, wherever it runs."""
-    training, model, parallel, moe = config.training, config.model, config.parallel, config.moe
-    if training.transformer_impl == "local":
-        raise UsageError("--transformer-impl local has no FP8 but in emulation; leave it out, or give --fp8-emulation")
-    if training.fp8_recipe == "rowwise":
-        raise UsageError("--fp8-recipe rowwise needs --fp8-emulation; TransformerEngine has no such recipe")
-    start, end = training.num_layers_at_start_in_bf16, training.num_layers_at_end_in_bf16
-    if training.fp8_recipe == "delayed" and (start or end):
-        raise UsageError(
-            "--fp8-recipe delayed takes every layer to FP8 or none; leave out --num-layers-at-start-in-bf16 and"
-            " --num-layers-at-end-in-bf16, or give --fp8-recipe tensorwise"
-        )
-    per_stage = model.num_layers // parallel.pipeline_model_parallel_size
-    if max(start, end) > per_stage:
-        raise UsageError(
-            f"--num-layers-at-start-in-bf16 {start} and --num-layers-at-end-in-bf16 {end} can each be {per_stage} at"
-            " most, the layers of a pipeline stage; lower them"
-        )
-    tp, multiple = parallel.tensor_model_parallel_size, _FP8_MULTIPLES[training.fp8_recipe]
-    queries, keys = model.num_attention_heads // tp, model.num_query_groups // tp
-    tokens = training.micro_batch_size * model.seq_length
-    sizes = {
-        "--hidden-size": model.hidden_size,
-        "--num-attention-heads x --kv-channels of a rank": queries * model.kv_channels,
-        "(--num-attention-heads + 2 x --num-query-groups) x --kv-channels of a rank": (queries + 2 * keys)
-        * model.kv_channels,
-        "--micro-batch-size x --seq-length of a rank": tokens // (tp if parallel.sequence_parallel else 1),
-    }
-    if moe.num_experts:
-        sizes["--moe-ffn-hidden-size of a rank"] = moe.moe_ffn_hidden_size // parallel.expert_tensor_parallel_size
-        sizes["--moe-shared-expert-intermediate-size of a rank"] = moe.moe_shared_expert_intermediate_size // tp
-    else:
-        sizes["--ffn-hidden-size of a rank"] = model.ffn_hidden_size // tp
-    for what, size in sizes.items():
-        if size % multiple:
-            raise UsageError(
-                f"{what} is {size}, but --fp8-recipe {training.fp8_recipe} needs multiples of {multiple}; the nearest:"
-                f" {_multiples(size, multiple)}"
-            )

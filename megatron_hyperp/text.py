@@ -1,4 +1,4 @@
-"""Plain tables for terminals and logs."""
+"""Plain tables for terminals and logs, and numbers in messages."""
 
 from __future__ import annotations
 
@@ -17,3 +17,14 @@ def aligned(rows: Sequence[Sequence[str]], *, right: Callable[[int], bool] = lam
         width = max(map(len, cells))
         columns.append([cell.rjust(width) if right(index) else cell.ljust(width) for cell in cells])
     return ["  ".join(line).rstrip() for line in zip(*columns, strict=True)]
+
+
+def multiples(number: int, divisor: int) -> str:
+    """The multiples of ``divisor`` on both sides of a number that is none."""
+    below = number // divisor * divisor
+    return " and ".join(str(multiple) for multiple in (below, below + divisor) if multiple)
+
+
+def divisors(number: int) -> str:
+    """All divisors of a number."""
+    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)

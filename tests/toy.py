@@ -84,8 +84,8 @@ def toy_config(prefix: str, run_dir: Path, **overrides: Any) -> Config:
     return config
 
 
-def rows_of_training(config: Config) -> list[dict[str, Any]]:
-    """Train, on a rank whose process group exists, and return the rows of metrics, which are written nowhere."""
+def trained(config: Config) -> tuple[Any, list[dict[str, Any]]]:
+    """Train, on a rank whose process group exists; return the trainer and the rows of metrics, written nowhere."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
@@ -100,4 +100,9 @@ def rows_of_training(config: Config) -> list[dict[str, Any]]:
     trainer.train()
     trainer.close_reports()
     parallel_state.destroy_model_parallel()
-    return rows
+    return trainer, rows
+
+
+def rows_of_training(config: Config) -> list[dict[str, Any]]:
+    """The rows of :func:`trained`."""
+    return trained(config)[1]

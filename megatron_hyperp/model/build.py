@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hyperp import device, libraries
 from megatron_hyperp.config import Config
+from megatron_hyperp.model.delayed import DelayedEmulation, DelayedScales
 from megatron_hyperp.model.fp8 import Emulation, Fp8ColumnParallelLinear, Fp8Recipe, Fp8RowParallelLinear
 from megatron_hyperp.model.init import initialize
 from megatron_hyperp.model.layer_specs import block_spec
@@ -114,6 +115,9 @@ def _fp8_settings(config: Config) -> dict[str, Any]:
         "first_last_layers_bf16": bool(start or end),
         "num_layers_at_start_in_bf16": start,
         "num_layers_at_end_in_bf16": end,
+        "fp8_margin": training.fp8_margin,
+        "fp8_amax_history_len": training.fp8_amax_history_len,
+        "fp8_amax_compute_algo": training.fp8_amax_compute_algo,
     }
 
 
@@ -131,7 +135,10 @@ def build_balance(config: Config) -> Balance | None:
 
 
 def build_model(
-    config: Config, core_config: TransformerConfig, balance: Balance | None = None
+    config: Config,
+    core_config: TransformerConfig,
+    balance: Balance | None = None,
+    scales: DelayedScales | None = None,
 ) -> list[torch.nn.Module]:
     """Build and initialize the pipeline chunks that this rank holds; Megatron's process groups must exist.
 
@@ -139,6 +146,7 @@ def build_model(
         config: resolved config.
         core_config: the same, for Megatron-Core.
         balance: of :func:`build_balance`.
+        scales: of :func:`megatron_hyperp.model.delayed.build_scales`.
     """
     virtual = config.parallel.num_virtual_stages_per_pipeline_rank
     chunks: list[torch.nn.Module] = []
@@ -148,32 +156,50 @@ def build_model(
         mark_expert_parameters(module, config.parallel.expert_tensor_parallel_size)
         initialize(module, config)
         if config.training.fp8_emulation:
-            emulate_fp8(module, config)
+            emulate_fp8(module, config, scales)
         if config.training.bf16:
             module = Float16Module(core_config, module)
         chunks.append(module)
     return chunks
 
 
-def emulate_fp8(chunk: torch.nn.Module, config: Config) -> None:
+def emulate_fp8(chunk: torch.nn.Module, config: Config, scales: DelayedScales | None) -> None:
     """Let the linear layers of a chunk's transformer layers round to FP8, but for the first and last layers."""
     training = config.training
+    assert (scales is not None) == (training.fp8_recipe == "delayed")
     recipe = Fp8Recipe(
         gradients="e5m2" if training.fp8_format == "hybrid" else "e4m3",
-        scaling=training.fp8_recipe,  # type: ignore[arg-type]  # delayed is refused before
+        scaling="tensorwise" if training.fp8_recipe == "delayed" else training.fp8_recipe,
         static_weights=training.fp8_weight_scale == "sphere",
         radius_scale=config.optimizer.radius_scale,
     )
-    tensor = parallel_state.get_tensor_model_parallel_group()
     last = config.model.num_layers - training.num_layers_at_end_in_bf16
     layer: Any
     for layer in chunk.modules():
         if hasattr(layer, "self_attention") and training.num_layers_at_start_in_bf16 < layer.layer_number <= last:
-            for module in layer.modules():
-                if isinstance(module, (Fp8ColumnParallelLinear, Fp8RowParallelLinear)):
-                    module.fp8 = Emulation(recipe, tensor)
-                elif isinstance(module, GroupedLinear):
-                    module.fp8 = Emulation(recipe, parallel_state.get_expert_tensor_parallel_group())
+            _emulate_in_layer(layer, recipe, scales)
+
+
+def _emulate_in_layer(layer: Any, recipe: Fp8Recipe, scales: DelayedScales | None) -> None:
+    tensor = parallel_state.get_tensor_model_parallel_group()
+    expert_tensor = parallel_state.get_expert_tensor_parallel_group()
+    experts = parallel_state.get_expert_model_parallel_group()
+    # Number in the layer of the next matrix, experts of other ranks counted.
+    number = 0
+    for module in layer.modules():
+        if isinstance(module, GroupedLinear):
+            group, first = expert_tensor, number + experts.rank() * module.num_gemms
+            number += experts.size() * module.num_gemms
+        elif isinstance(module, (Fp8ColumnParallelLinear, Fp8RowParallelLinear)):
+            group, first = tensor, number
+            number += 1
+        else:
+            continue
+        module.fp8 = (
+            Emulation(recipe, group)
+            if scales is None
+            else DelayedEmulation(recipe, group, scales, layer.layer_number - 1, first, module)
+        )
 
 
 def _build_chunk(

@@ -22,6 +22,7 @@ from megatron_hyperp.parameters import partition_dim
 
 Format = Literal["e4m3", "e5m2"]
 Scaling = Literal["tensorwise", "rowwise", "blockwise", "mxfp8"]
+Role = Literal["input", "weight", "gradient"]
 DTYPES: dict[str, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 LARGEST = {name: torch.finfo(dtype).max for name, dtype in DTYPES.items()}
 # Elements of a row that share a scale; blockwise scales of weights are those of squares (arXiv 2412.19437).
@@ -37,7 +38,7 @@ class Fp8Recipe:
 
     Attributes:
         gradients: format of gradients; inputs and weights are e4m3.
-        scaling: which elements share a scale: all of a tensor, a row's, or a block's.
+        scaling: which elements share a scale: all of a tensor, a row's, or a block's. Delayed scaling does not ask.
         static_weights: scales of weights follow from the radius of their sphere, instead of the largest element.
         radius_scale: factor on radii.
     """
@@ -46,6 +47,10 @@ class Fp8Recipe:
     scaling: Scaling = "tensorwise"
     static_weights: bool = False
     radius_scale: float = 1.0
+
+    def format(self, role: Role) -> Format:
+        """The format of inputs, weights or gradients."""
+        return self.gradients if role == "gradient" else "e4m3"
 
 
 def round_trip(x: torch.Tensor, fmt: Format, scale: torch.Tensor) -> torch.Tensor:
@@ -73,8 +78,36 @@ def scale_of(amax: torch.Tensor, fmt: Format, *, power_of_two: bool = False) -> 
     return torch.exp2(torch.floor(torch.log2(scale))) if power_of_two else scale
 
 
+def largest_elements(x: torch.Tensor, rows: list[int] | None) -> torch.Tensor:
+    """Return the largest absolute values, fp32; 0 of nothing.
+
+    Args:
+        x: any tensor; [tokens, columns] if rows are given.
+        rows: how many tokens each expert has, or None.
+
+    Returns:
+        [experts], or [1] without.
+    """
+    parts = [x.detach()] if rows is None else x.detach().split(rows)
+    none = torch.zeros((), device=x.device)
+    return torch.stack([part.abs().amax().float() if part.numel() else none for part in parts])
+
+
+def of_rows(scales: torch.Tensor, rows: list[int] | None) -> torch.Tensor:
+    """Repeat each expert's scale for its tokens: [tokens, 1]; without ``rows`` as it is."""
+    if rows is None:
+        return scales
+    return scales.repeat_interleave(torch.tensor(rows, device=scales.device)).unsqueeze(1)
+
+
 def quantized(
-    x: torch.Tensor, fmt: Format, scaling: Scaling, *, group: dist.ProcessGroup | None = None, square: bool = False
+    x: torch.Tensor,
+    fmt: Format,
+    scaling: Scaling,
+    *,
+    group: dist.ProcessGroup | None = None,
+    square: bool = False,
+    rows: list[int] | None = None,
 ) -> torch.Tensor:
     """Round to FP8 and back with scales from the largest elements.
 
@@ -84,24 +117,25 @@ def quantized(
         scaling: which elements share a scale.
         group: ranks that hold the other parts of the tensor: "tensorwise" is the same however it is sharded.
         square: "blockwise" takes squares of a matrix, instead of runs of a row.
+        rows: how many of the rows each expert has, which "tensorwise" gives a scale each.
     """
     if scaling == "tensorwise":
-        amax = x.detach().abs().amax().float() if x.numel() else x.new_zeros((), dtype=torch.float32)
+        amax = largest_elements(x, rows)
         if group is not None and group.size() > 1:
             dist.all_reduce(amax, op=dist.ReduceOp.MAX, group=group)
-        return round_trip(x, fmt, scale_of(amax, fmt))
+        return round_trip(x, fmt, of_rows(scale_of(amax, fmt), rows))
     if not x.numel():
         return x
     if scaling == "rowwise":
         return round_trip(x, fmt, scale_of(x.detach().abs().amax(dim=-1, keepdim=True).float(), fmt))
     size = BLOCK[scaling]
-    rows = x.reshape(-1, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1])
     tall = size if square and scaling == "blockwise" else 1
-    padded = torch.nn.functional.pad(rows, (0, -rows.shape[1] % size, 0, -rows.shape[0] % tall))
+    padded = torch.nn.functional.pad(flat, (0, -flat.shape[1] % size, 0, -flat.shape[0] % tall))
     blocks = padded.view(padded.shape[0] // tall, tall, padded.shape[1] // size, size)
     amax = blocks.detach().abs().amax(dim=(1, 3), keepdim=True).float()
     rounded = round_trip(blocks, fmt, scale_of(amax, fmt, power_of_two=scaling == "mxfp8"))
-    return rounded.reshape(padded.shape)[: rows.shape[0], : rows.shape[1]].reshape(x.shape)
+    return rounded.reshape(padded.shape)[: flat.shape[0], : flat.shape[1]].reshape(x.shape)
 
 
 def sphere_scale(shape: tuple[int, ...], radius_scale: float) -> float:
@@ -149,28 +183,30 @@ class Emulation:
     recipe: Fp8Recipe
     group: dist.ProcessGroup
 
-    def input(self, x: torch.Tensor) -> torch.Tensor:
-        """Round an input [..., d_in]."""
-        scaling, group = self.recipe.scaling, self.group
-        return _StraightThrough.apply(x, lambda value: quantized(value, "e4m3", scaling, group=group))  # type: ignore[no-untyped-call,no-any-return]
+    def input(self, x: torch.Tensor, rows: list[int] | None = None) -> torch.Tensor:
+        """Round an input [..., d_in]; ``rows`` are those of each expert."""
+        return _StraightThrough.apply(x, lambda value: self.rounded(value, "input", rows=rows))  # type: ignore[no-untyped-call,no-any-return]
 
-    def weight(self, weight: torch.Tensor) -> torch.Tensor:
-        """Round a weight [d_out, d_in]."""
-        return _StraightThrough.apply(weight, self._round_weight)  # type: ignore[no-untyped-call,no-any-return]
+    def weight(self, weight: torch.Tensor, expert: int = 0) -> torch.Tensor:
+        """Round a weight [d_out, d_in], of one of this rank's experts."""
+        return _StraightThrough.apply(weight, lambda value: self.rounded(value, "weight", expert=expert))  # type: ignore[no-untyped-call,no-any-return]
 
-    def output(self, y: torch.Tensor) -> torch.Tensor:
-        """Let the gradient of an output [..., d_out] be rounded."""
-        recipe, group = self.recipe, self.group
-        rounding = lambda value: quantized(value, recipe.gradients, recipe.scaling, group=group)  # noqa: E731
-        return _RoundGradient.apply(y, rounding)  # type: ignore[no-untyped-call,no-any-return]
+    def output(self, y: torch.Tensor, rows: list[int] | None = None) -> torch.Tensor:
+        """Let the gradient of an output [..., d_out] be rounded; ``rows`` are those of each expert."""
+        return _RoundGradient.apply(y, lambda value: self.rounded(value, "gradient", rows=rows))  # type: ignore[no-untyped-call,no-any-return]
 
-    def _round_weight(self, weight: torch.Tensor) -> torch.Tensor:
-        if self.recipe.static_weights:
-            split = partition_dim(weight)
-            shape = tuple(size * self.group.size() if dim == split else size for dim, size in enumerate(weight.shape))
+    def rounded(
+        self, value: torch.Tensor, role: Role, *, rows: list[int] | None = None, expert: int = 0
+    ) -> torch.Tensor:
+        """Round a tensor with scales from its own elements, or static ones."""
+        del expert  # Where scales are kept, it says which.
+        if role == "weight" and self.recipe.static_weights:
+            split = partition_dim(value)
+            shape = tuple(size * self.group.size() if dim == split else size for dim, size in enumerate(value.shape))
             scale = sphere_scale(shape, self.recipe.radius_scale)
-            return round_trip(weight, "e4m3", torch.tensor(scale, device=weight.device))
-        return quantized(weight, "e4m3", self.recipe.scaling, group=self.group, square=True)
+            return round_trip(value, "e4m3", torch.tensor(scale, device=value.device))
+        fmt, scaling = self.recipe.format(role), self.recipe.scaling
+        return quantized(value, fmt, scaling, group=self.group, square=role == "weight", rows=rows)
 
 
 class _Emulated:

@@ -102,8 +102,8 @@ class GroupedLinear(torch.nn.Module):
         """Return the product and no bias; x is [tokens, d_in], ``m_splits`` the tokens of each expert."""
         if self.fp8 is None:
             return grouped_product(x, m_splits, self.weights), None
-        weights = [self.fp8.weight(weight) for weight in self.weights]
-        return self.fp8.output(grouped_product(self.fp8.input(x), m_splits, weights)), None
+        weights = [self.fp8.weight(weight, expert) for expert, weight in enumerate(self.weights)]
+        return self.fp8.output(grouped_product(self.fp8.input(x, m_splits), m_splits, weights), m_splits), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None

@@ -203,6 +203,7 @@ def save_checkpoint(
     chunks: Sequence[torch.nn.Module],
     optimizer: Any,
     balance: Any = None,
+    scales: Any = None,
     run_id: str | None = None,
 ) -> Path:
     """Write a checkpoint, make it the latest, drop those beyond ``--keep``; a collective call.
@@ -213,6 +214,7 @@ def save_checkpoint(
         chunks: this rank's pipeline chunks.
         optimizer: the Megatron optimizer.
         balance: loads of a mixture of experts; None for a dense model.
+        scales: of delayed scaling in emulated FP8, if there are any.
         run_id: of the Weights & Biases run, so that a resumed run continues it.
 
     Returns:
@@ -239,6 +241,7 @@ def save_checkpoint(
         "version": __version__,
         "run_id": run_id,
         "balance": None if balance is None else balance.state(),
+        "fp8": None if scales is None else scales.state(),
     }
     dist_checkpointing.save(state, str(partial))
     dist.barrier()
@@ -253,9 +256,14 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    config: Config, folder: Path, chunks: Sequence[torch.nn.Module], optimizer: Any, balance: Any = None
+    config: Config,
+    folder: Path,
+    chunks: Sequence[torch.nn.Module],
+    optimizer: Any,
+    balance: Any = None,
+    scales: Any = None,
 ) -> tuple[Progress, str | None]:
-    """Restore model, optimizer, expert loads and random state; a collective call.
+    """Restore model, optimizer, expert loads, scales of FP8 and random state; a collective call.
 
     The random state is restored only under the layout that wrote it; without dropout nothing depends on it. So is
     TransformerEngine's history of FP8 scales, which otherwise begins anew.
@@ -294,6 +302,9 @@ def load_checkpoint(
     optimizer.load_state_dict(loaded["optimizer"])
     if balance is not None:
         balance.load(loaded["balance"])
+    # None there if the run went without delayed scaling until now.
+    if scales is not None and loaded.get("fp8") is not None:
+        scales.load(loaded["fp8"])
     if same_layout:
         _restore_random_state(loaded["rng"][0])
     return Progress(**loaded["progress"]), loaded["run_id"]

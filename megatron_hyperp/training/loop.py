@@ -88,6 +88,7 @@ class Trainer:
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
         from megatron_hyperp.model.build import build_balance, build_model, transformer_config
+        from megatron_hyperp.model.delayed import build_scales
         from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
         from megatron_hyperp.optim.distributed import get_hyperp_optimizer
         from megatron_hyperp.training.stability import Stability
@@ -100,10 +101,10 @@ class Trainer:
         initialize_megatron(config)
         self._announce()
         core_config, parallel = transformer_config(config), config.parallel
-        self.balance = build_balance(config)
+        self.balance, self.scales = build_balance(config), build_scales(config)
         self.chunks = wrap_for_data_parallelism(
             core_config,
-            build_model(config, core_config, self.balance),
+            build_model(config, core_config, self.balance, self.scales),
             overlap_grad_reduce=device.overlaps(parallel.overlap_grad_reduce),
             overlap_param_gather=device.overlaps(parallel.overlap_param_gather),
         )
@@ -131,7 +132,7 @@ class Trainer:
         self.progress, run_id = Progress(), None
         if resume_from is not None:
             self.progress, run_id = checkpointing.load_checkpoint(
-                config, resume_from, self.chunks, self.optimizer, self.balance
+                config, resume_from, self.chunks, self.optimizer, self.balance, self.scales
             )
             self.scheduler.step(self.progress.iteration)
             self.console.print(f"resumed from {resume_from} at iteration {self.progress.iteration}")
@@ -365,6 +366,8 @@ class Trainer:
             micro_batch_size=training.micro_batch_size,
             forward_only=forward_only,
         )
+        if self.scales is not None and not forward_only:
+            self.scales.finish()
         zero = torch.zeros(2, dtype=torch.float64, device=device.device())
         return sum((output["loss"] for output in outputs), zero)
 
@@ -402,7 +405,13 @@ class Trainer:
     def _save(self) -> None:
         started = time.monotonic()
         folder = checkpointing.save_checkpoint(
-            self.config, self.progress, self.chunks, self.optimizer, self.balance, run_id=self.writer.run_id
+            self.config,
+            self.progress,
+            self.chunks,
+            self.optimizer,
+            self.balance,
+            self.scales,
+            run_id=self.writer.run_id,
         )
         self.console.print(f"saved {folder} in {time.monotonic() - started:.1f} s")
         self.writer.event(self.progress.iteration, "saved", str(folder))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from megatron_hyperp import arguments, config
+from megatron_hyperp import arguments, config, precision
 from megatron_hyperp import resolve as resolve_module
 from megatron_hyperp.config import Config, data_parallel_size, width_multiplier
 from megatron_hyperp.errors import UsageError
@@ -482,9 +482,21 @@ REFUSALS = [
         "lower them, or leave out --fp8-format$",
     ),
     Refusal(
-        f"{SMALL} --fp8-format hybrid --fp8-emulation --fp8-recipe delayed",
-        "--fp8-emulation has no --fp8-recipe delayed",
-        "give tensorwise",
+        f"{SMALL} --fp8-format hybrid --fp8-amax-history-len 4 --fp8-amax-compute-algo max",
+        "--fp8-amax-history-len needs --fp8-format and --fp8-recipe delayed",
+        "give both, or leave it out$",
+    ),
+    Refusal(f"{SMALL} --fp8-amax-compute-algo max", "max needs --fp8-format and --fp8-recipe", "leave it out$"),
+    Refusal(f"{SMALL} --fp8-margin 1", "--fp8-margin needs --fp8-format and --fp8-recipe delayed", "leave it out$"),
+    Refusal(
+        f"{SMALL} --fp8-format hybrid --fp8-recipe delayed --fp8-amax-history-len 4",
+        "--fp8-amax-history-len 4 keeps steps that --fp8-amax-compute-algo most_recent does not look at",
+        "give max, or leave the length out$",
+    ),
+    Refusal(
+        f"{SMALL} --fp8-format hybrid --fp8-recipe delayed --fp8-amax-compute-algo max",
+        "--fp8-amax-compute-algo max needs --fp8-amax-history-len above 1",
+        "give a length, 1024 say",
     ),
     Refusal(
         f"{SMALL} --fp8-format e4m3 --fp8-emulation --transformer-impl transformer_engine",
@@ -604,9 +616,14 @@ def test_what_cannot_run_is_refused(refusal: Refusal) -> None:
 
 
 def test_every_refusal_has_a_test() -> None:
-    reached = {traceback.extract_tb(refused(refusal).__traceback__)[-1].lineno for refusal in REFUSALS}
-    nodes = ast.walk(ast.parse(inspect.getsource(resolve_module)))
-    assert reached == {node.lineno for node in nodes if isinstance(node, ast.Raise) and node.exc}
+    frames = [traceback.extract_tb(refused(refusal).__traceback__)[-1] for refusal in REFUSALS]
+    reached = {(frame.filename, frame.lineno) for frame in frames}
+    for module in (resolve_module, precision):
+        nodes = ast.walk(ast.parse(inspect.getsource(module)))
+        raised = {(module.__file__, node.lineno) for node in nodes if isinstance(node, ast.Raise) and node.exc}
+        assert raised <= reached
+        reached -= raised
+    assert not reached
 
 
 @pytest.mark.parametrize(

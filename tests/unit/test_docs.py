@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from megatron_hyperp import arguments
 
@@ -79,6 +80,9 @@ def test_command(command: str) -> None:
     if words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
         return
+    if words[0] == "docker":
+        assert (ROOT / "Dockerfile").is_file()
+        return
     script = next(word for word in words if word.endswith((".py", ".sh")))
     assert (ROOT / script).is_file()
     flags = words[words.index(script) + 1 :]
@@ -101,3 +105,22 @@ def test_every_tool_has_help() -> None:
         shown = subprocess.run([sys.executable, tool, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
         assert shown.returncode == 0
         assert "usage:" in shown.stdout
+
+
+def test_image() -> None:
+    """The image pins what the package is tested with, runs as a user of its own, and checks itself with a real script."""
+    text = (ROOT / "Dockerfile").read_text()
+    pins = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
+    assert not pins["BASE"].endswith(":latest")
+    assert ":" in pins["BASE"]
+    constraints = (ROOT / "constraints.txt").read_text()
+    assert f"megatron-core=={pins['MEGATRON_CORE']}\n" in constraints
+    for name, version in re.findall(r'"(sentencepiece|wandb)==([\d.]+)"', text):
+        assert f"{name}=={version}\n" in constraints
+    [(low, high)] = re.findall(r"transformer-engine\[pytorch\]>=([\d.]+),<([\d.]+)", (ROOT / "setup.py").read_text())
+    assert Version(low) <= Version(pins["TRANSFORMER_ENGINE"]) < Version(high)
+    users = re.findall(r"^USER (\S+)$", text, re.MULTILINE)
+    assert users
+    assert users[-1] != "root"
+    for script in re.findall(r'CMD \["python", "(\S+?)"\]', text):
+        assert (ROOT / script).is_file()
