@@ -108,7 +108,7 @@ def test_every_tool_has_help() -> None:
 
 
 def test_image() -> None:
-    """The image pins what the package is tested with, runs as a user of its own, and checks itself with a real script."""
+    """The image pins what is tested, runs as a user of its own, and checks itself with a script that exists."""
     text = (ROOT / "Dockerfile").read_text()
     pins = dict(re.findall(r"^ARG (\w+)=(\S+)$", text, re.MULTILINE))
     assert not pins["BASE"].endswith(":latest")
