@@ -63,9 +63,12 @@ def rehearse(config: Config, options: dict[str, Any]) -> None:
     ranks = options.get("world_size", 1)
     if ranks < 1:
         raise UsageError(f"--world-size is {ranks}; it must be 1 or more")
+    rank, cluster = options.get("dry_run_rank"), cluster_of(options, ranks)
+    if rank is not None and not 0 <= rank < ranks:
+        raise UsageError(f"--dry-run-rank is {rank}; the ranks of --world-size {ranks} are 0 to {ranks - 1}")
     from megatron_hyperp.training.dry_run import dry_run
 
-    dry_run(config, cluster_of(options, ranks), rank=options.get("dry_run_rank"), log=print)
+    dry_run(config, cluster, rank=rank, log=print)
 
 
 def world_size() -> int:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -156,14 +157,19 @@ class Block:
 
         Empty parts are left out.
         """
-        length = self.rows if dim == 0 else self.columns
-        size = -(-length // parts)
-        result = []
-        for low in range(0, length, size):
-            taken = min(size, length - low)
-            # Large jobs cut by the million, for which dataclasses.replace is too slow.
-            if dim == 0:
-                result.append(Block(self.groups, self.start + low, taken, self.column, self.columns))
-            else:
-                result.append(Block(self.groups, self.start, self.rows, self.column + low, taken))
-        return result
+        return list(_parts(self, dim, parts))
+
+
+# Large jobs cut the same few shapes by the thousand, into a thousand parts.
+@functools.lru_cache(maxsize=256)
+def _parts(block: Block, dim: int, parts: int) -> tuple[Block, ...]:
+    length = block.rows if dim == 0 else block.columns
+    size = -(-length // parts)
+    result = []
+    for low in range(0, length, size):
+        taken = min(size, length - low)
+        if dim == 0:
+            result.append(replace(block, start=block.start + low, rows=taken))
+        else:
+            result.append(replace(block, column=block.column + low, columns=taken))
+    return tuple(result)

@@ -19,7 +19,6 @@ import torch.distributed as dist
 from megatron_hyperp import device
 from megatron_hyperp.config import Config, micro_batches
 from megatron_hyperp.data.tokenizer import load_tokenizer
-from megatron_hyperp.errors import UsageError
 from megatron_hyperp.hardware import GIB
 from megatron_hyperp.planning.activations import activation_bytes
 from megatron_hyperp.planning.layouts import Cluster, evaluate
@@ -40,7 +39,7 @@ class BuiltRank:
         shapes: of its parameters, by name in the whole model.
         memory: of its tensors; activations and the step's needs are planned.
         ownership: rows of a table, the first its head.
-        report: what the optimizer prints at the start of a training.
+        report: what the optimizer says at the start of a training.
     """
 
     rank: int
@@ -48,7 +47,7 @@ class BuiltRank:
     shapes: dict[str, tuple[int, ...]]
     memory: Memory
     ownership: list[tuple[str, ...]]
-    report: str
+    report: list[str]
 
     @property
     def parameters(self) -> int:
@@ -66,11 +65,9 @@ def dry_run(config: Config, cluster: Cluster, *, rank: int | None, log: Callable
         log: receives the report.
 
     Raises:
-        UsageError: the config cannot run on so many ranks, or there is no such rank.
+        UsageError: the config cannot run on so many ranks.
     """
     gpus = cluster.gpus
-    if rank is not None and not 0 <= rank < gpus:
-        raise UsageError(f"--dry-run-rank is {rank}; the ranks of --world-size {gpus} are 0 to {gpus - 1}")
     asked, tokens = config, None
     if config.data.tokenizer_model:
         tokens = load_tokenizer(config.data.tokenizer_model).vocab_size
@@ -89,9 +86,10 @@ def dry_run(config: Config, cluster: Cluster, *, rank: int | None, log: Callable
         memories = {f"rank {number}, built": built.memory, "fullest rank, planned": layout.memory}
         need = max(memory.total for memory in memories.values())
         verdict = "fits" if need <= cluster.usable else "DOES NOT FIT"
-        lines = [*_position_lines(built, cluster), "", *memory_table(memories)]
-        lines += [f"  {need / GIB:.1f} GiB {verdict} into {cluster.usable / GIB:.1f} GiB", "", built.report, ""]
-        log("\n".join(["", *lines, *aligned(built.ownership, right=lambda column: column > 0)]))
+        lines = ["", *_position_lines(built, cluster), "", *memory_table(memories)]
+        lines += [f"  {need / GIB:.1f} GiB {verdict} into {cluster.usable / GIB:.1f} GiB", ""]
+        lines += ["\n\n".join(built.report), "", *aligned(built.ownership, right=lambda column: column > 0)]
+        log("\n".join(lines))
 
 
 @contextlib.contextmanager
@@ -136,15 +134,8 @@ def build_rank(config: Config, world_size: int, rank: int) -> BuiltRank:
             activations=activation_bytes(config, stage, micro_batches(config, world_size)),
             step=2 * master,
         )
-        ownership = _ownership(optimizer.domains)
-    return BuiltRank(
-        rank,
-        coordinates,
-        {name: tuple(parameter.shape) for name, parameter in named},
-        memory,
-        ownership,
-        "\n\n".join(report),
-    )
+        shapes = {name: tuple(parameter.shape) for name, parameter in named}
+        return BuiltRank(rank, coordinates, shapes, memory, ownership(optimizer.domains), report)
 
 
 def _without_libraries(config: Config) -> Config:
@@ -175,7 +166,7 @@ def _coordinates(config: Config) -> dict[str, tuple[int, int]]:
     return {name: (group.rank(), group.size()) for name, group in groups.items()}
 
 
-def _ownership(domains: Sequence[Any]) -> list[tuple[str, ...]]:
+def ownership(domains: Sequence[Any]) -> list[tuple[str, ...]]:
     """Rows on who orthogonalizes what, of the optimizer's domains; experts are dealt out on top of the other work."""
     head = ("owners of matrices", "ranks", "matrices", "owners", "team", "mean ms", "max ms", "max/mean", "this rank")
     rows: list[tuple[str, ...]] = [head]
