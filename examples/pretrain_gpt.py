@@ -5,19 +5,70 @@
 Reading order: megatron_hyperp/config.py (the knobs), training/loop.py (the run), model/build.py, optim/distributed.py.
 """
 
+import argparse
 import os
 import sys
+from typing import Any
 
 from megatron_hyperp import arguments
+from megatron_hyperp.config import Config, flag_name
 from megatron_hyperp.errors import UsageError, run_command
+from megatron_hyperp.planning.arguments import DEFAULTS, add_cluster_flags, cluster_of
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of every knob, and of dry runs."""
+    result = arguments.build_parser("Pretrain a GPT with HyperP on Megatron-Core.")
+    group = result.add_argument_group("dry run", "see what a job of any size would do, on one machine, without a GPU")
+    group.add_argument("--dry-run", action="store_true", help="build a rank's model and optimizer without memory; stop")
+    group.add_argument("--world-size", type=int, default=argparse.SUPPRESS, help="ranks of the job [1]")
+    group.add_argument(
+        "--dry-run-rank",
+        type=int,
+        default=argparse.SUPPRESS,
+        help="which to build [0, and the last one of several pipeline stages]",
+    )
+    add_cluster_flags(group)
+    return result
 
 
 def main(argv: list[str]) -> None:
-    """Read config and flags, then train."""
-    config = arguments.parse(argv, description="Pretrain a GPT with HyperP on Megatron-Core.")
+    """Read config and flags, then train, or only say what training would do."""
+    options = vars(parser().parse_args(argv))
+    config = arguments.from_flags(options)
+    if options["dry_run"]:
+        rehearse(config, options)
+        return
+    for name in ("world_size", "dry_run_rank", *DEFAULTS):
+        if name in options:
+            raise UsageError(
+                f"{flag_name(name)} needs --dry-run; give it, or leave this out: torchrun says how many ranks train",
+                same_on_all_ranks=True,
+            )
     from megatron_hyperp.training.loop import pretrain
 
     pretrain(config, world_size=world_size())
+
+
+def rehearse(config: Config, options: dict[str, Any]) -> None:
+    """Build a rank of a job of ``--world-size`` ranks without memory, and print what it needs.
+
+    Raises:
+        UsageError: bad input, or a launcher started this process.
+    """
+    if "RANK" in os.environ:
+        raise UsageError(
+            "--dry-run is one process; start it without torchrun, with --world-size", same_on_all_ranks=True
+        )
+    ranks = options.get("world_size", 1)
+    if ranks < 1:
+        raise UsageError(f"--world-size is {ranks}; it must be 1 or more")
+    rank, cluster = options.get("dry_run_rank"), cluster_of(options, ranks)
+    if rank is not None and not 0 <= rank < ranks:
+        raise UsageError(f"--dry-run-rank is {rank}; the ranks of --world-size {ranks} are 0 to {ranks - 1}")
+    from megatron_hyperp.training.dry_run import dry_run
+
+    dry_run(config, cluster, rank=rank, log=print)
 
 
 def world_size() -> int:

@@ -25,9 +25,13 @@ from megatron_hyperp.hardware import GPUS
 _CPU = torch.device("cpu")
 
 
+# Set while models are built of tensors without memory.
+_dry = False
+
+
 def has_cuda() -> bool:
     """Whether this process computes on a CUDA device."""
-    return torch.cuda.is_available()
+    return torch.cuda.is_available() and not _dry
 
 
 # Set while plans are made for another kind of device than this process computes on.
@@ -50,8 +54,28 @@ def target() -> str:
     return _target or ("cuda" if has_cuda() else "cpu")
 
 
+@contextlib.contextmanager
+def dry() -> Iterator[None]:
+    """Let this process stand for a rank with CUDA for a while, its tensors without memory (torch's device "meta").
+
+    On a machine with CUDA too, this adapts Megatron-Core to the CPU for the rest of the process.
+    """
+    global _dry
+    with torch.device("meta"):
+        torch.empty(0)  # torch notes now which functions obey it, and would not know the adapter's
+    _dry = True
+    try:
+        adapt_megatron()
+        with planning_for("cuda"), torch.device("meta"):
+            yield
+    finally:
+        _dry = False
+
+
 def device() -> torch.device:
     """The device of this rank's tensors."""
+    if _dry:
+        return torch.device("meta")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if has_cuda() else _CPU
 
 
@@ -129,7 +153,7 @@ def megatron_settings() -> dict[str, Any]:
 
 def overlaps(asked: bool | None) -> bool:
     """Whether communication runs beside computation: as asked, else where streams make it pay."""
-    return has_cuda() if asked is None else asked
+    return target() == "cuda" if asked is None else asked
 
 
 def synchronize() -> None:

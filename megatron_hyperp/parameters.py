@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -156,13 +157,19 @@ class Block:
 
         Empty parts are left out.
         """
-        length = self.rows if dim == 0 else self.columns
-        size = -(-length // parts)
-        result = []
-        for low in range(0, length, size):
-            taken = min(size, length - low)
-            if dim == 0:
-                result.append(replace(self, start=self.start + low, rows=taken))
-            else:
-                result.append(replace(self, column=self.column + low, columns=taken))
-        return result
+        return list(_parts(self, dim, parts))
+
+
+# Large jobs cut the same few shapes by the thousand, into a thousand parts.
+@functools.lru_cache(maxsize=256)
+def _parts(block: Block, dim: int, parts: int) -> tuple[Block, ...]:
+    length = block.rows if dim == 0 else block.columns
+    size = -(-length // parts)
+    result = []
+    for low in range(0, length, size):
+        taken = min(size, length - low)
+        if dim == 0:
+            result.append(replace(block, start=block.start + low, rows=taken))
+        else:
+            result.append(replace(block, column=block.column + low, columns=taken))
+    return tuple(result)

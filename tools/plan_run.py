@@ -10,8 +10,7 @@ from pathlib import Path
 
 from megatron_hyperp import arguments, device
 from megatron_hyperp.errors import UsageError, run_command
-from megatron_hyperp.hardware import GPUS
-from megatron_hyperp.planning.layouts import Cluster
+from megatron_hyperp.planning.arguments import add_cluster_flags, cluster_of
 from megatron_hyperp.planning.plan import RunPlan, describe, make_plan, to_json, to_yaml
 
 DESCRIPTION = "Plan a run on a cluster: budget, learning rate, memory, traffic, time, and the layout to take."
@@ -22,33 +21,21 @@ def parser() -> argparse.ArgumentParser:
     result = arguments.build_parser(DESCRIPTION)
     group = result.add_argument_group("cluster and output")
     group.add_argument("--gpus", type=int, default=8, help="how many there are [8]")
-    group.add_argument("--gpu", choices=GPUS, default="H100", help="their kind [H100]")
-    group.add_argument("--gpus-per-node", type=int, default=8, help="[8]")
-    group.add_argument("--mfu", type=float, default=0.4, help="model FLOPs utilization to expect, of the peak [0.4]")
-    group.add_argument("--memory-fraction", type=float, default=0.9, help="of a GPU's memory that may be used [0.9]")
+    add_cluster_flags(group)
     output = group.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
     output.add_argument("--yaml", metavar="FILE", help="write a config for the trainer; - prints it")
     return result
 
 
-def cluster_of(options: argparse.Namespace) -> Cluster:
-    """Return the cluster that the flags describe."""
-    for flag, value in (("--gpus", options.gpus), ("--gpus-per-node", options.gpus_per_node)):
-        if value < 1:
-            raise UsageError(f"{flag} is {value}; it must be 1 or more")
-    for flag, value in (("--mfu", options.mfu), ("--memory-fraction", options.memory_fraction)):
-        if not 0 < value <= 1:
-            raise UsageError(f"{flag} is {value:g}; it must be above 0 and at most 1")
-    return Cluster(GPUS[options.gpu], options.gpus, options.gpus_per_node, options.mfu, options.memory_fraction)
-
-
 def main(argv: list[str]) -> None:
     """Plan, print or write."""
     options = parser().parse_args(argv)
+    if options.gpus < 1:
+        raise UsageError(f"--gpus is {options.gpus}; it must be 1 or more")
     config = arguments.from_flags(vars(options))
     with device.planning_for("cuda"):
-        plan = make_plan(config, cluster_of(options))
+        plan = make_plan(config, cluster_of(vars(options), options.gpus))
     if options.json:
         print(json.dumps(to_json(plan), indent=2))
     elif options.yaml:

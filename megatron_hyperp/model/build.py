@@ -154,7 +154,8 @@ def build_model(
         vp_stage = index if virtual > 1 else None
         module: torch.nn.Module = _build_chunk(config, core_config, vp_stage, balance).to(device.device())
         mark_expert_parameters(module, config.parallel.expert_tensor_parallel_size)
-        initialize(module, config)
+        if device.device().type != "meta":
+            initialize(module, config)
         if config.training.fp8_emulation:
             emulate_fp8(module, config, scales)
         if config.training.bf16:

@@ -135,6 +135,11 @@ class Bucket:
         gradients = torch.zeros(shape, dtype=torch.float32, device=first.device)
         return gradients, torch.zeros(shape, dtype=first.dtype, device=first.device)
 
+    @property
+    def held(self) -> tuple[int, int]:
+        """Bytes of weights and of gradients, with padding and what lies beside the slots."""
+        return self.weights.nbytes + self._weights_beside.nbytes, self.gradients.nbytes + self._gradients_beside.nbytes
+
     def _mine(self) -> Iterator[_Copied]:
         return (copied for copied in self._copied if copied.share.rank == self.group.rank())
 

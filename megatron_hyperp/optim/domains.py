@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from megatron_hyperp import device
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from megatron_hyperp.optim.ownership import Piece, Plan, plan_ownership
 from megatron_hyperp.optim.routing import MATRIX_ROLES, SPHERE_RULES, Route
@@ -76,15 +74,21 @@ def _domain(
         loads=loads,
         teams=teams,
     )
-    return Domain(routes, plan, tensor, data, both, _team_group(tensor, data, plan.team) if plan.team > 1 else None)
+    return Domain(routes, plan, tensor, data, both, _team_group(data, both, plan.team) if plan.team > 1 else None)
 
 
-def _team_group(tensor: dist.ProcessGroup, data: dist.ProcessGroup, team: int) -> dist.ProcessGroup:
+def _data_ranks(both: dist.ProcessGroup, data: dist.ProcessGroup) -> dict[int, int]:
+    """Data-parallel rank of each rank of a pipeline stage: Megatron-Core numbers tensor-parallel ranks first."""
+    tensor = both.size() // data.size()
+    result = {rank: index // tensor for index, rank in enumerate(sorted(dist.get_process_group_ranks(both)))}
+    assert result[dist.get_rank()] == data.rank()
+    return result
+
+
+def _team_group(data: dist.ProcessGroup, both: dist.ProcessGroup, team: int) -> dist.ProcessGroup:
     """Create the group of this rank's team: consecutive data-parallel ranks with their tensor-parallel ranks."""
-    columns: list[list[int]] = [[] for _ in range(data.size())]
-    dist.all_gather_object(columns, dist.get_process_group_ranks(tensor), group=data)
-    first = data.rank() // team * team
-    members = sorted(rank for column in columns[first : first + team] for rank in column)
+    own = data.rank() // team
+    members = [rank for rank, data_rank in _data_ranks(both, data).items() if data_rank // team == own]
     # Only the members meet; other teams make theirs at the same time.
     group = dist.new_group(members, use_local_synchronization=True)
     assert isinstance(group, dist.ProcessGroup)
@@ -105,10 +109,9 @@ def domains_of(routes: list[Route], newton_schulz: NewtonSchulz, strategy: str) 
     if experts:
         expert_tensor = parallel_state.get_expert_tensor_parallel_group()
         expert_data = parallel_state.get_expert_data_parallel_group()
-        mine = torch.tensor(domains[0].plan.loads[data.rank()], dtype=torch.float64, device=device.device())
-        loads = mine.new_empty(expert_data.size())
-        dist.all_gather_into_tensor(loads, mine[None], group=expert_data)
+        data_ranks, dense_loads = _data_ranks(groups[2], data), domains[0].plan.loads
+        loads = [dense_loads[data_ranks[rank]] for rank in dist.get_process_group_ranks(expert_data)]
         # Of experts only tensor-parallel ranks hold parts: there are many, so none is shared by a team.
         groups = (expert_tensor, expert_data, expert_tensor)
-        domains.append(_domain(experts, groups, newton_schulz, strategy, loads=loads.tolist(), teams=False))
+        domains.append(_domain(experts, groups, newton_schulz, strategy, loads=loads, teams=False))
     return domains

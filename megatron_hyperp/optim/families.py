@@ -169,7 +169,8 @@ def runs_of(routes: Sequence[Route], blocks: Sequence[Block]) -> list[Run]:
         weight = block.of(entry.parameter.detach())
         gradient = block.of(entry.parameter.main_grad)  # type: ignore[attr-defined]
         # Parts of a parameter, such as gate and up, alternate: each of them is regular by itself.
-        buffers = weight.untyped_storage().data_ptr(), gradient.untyped_storage().data_ptr()
+        # Not the address of the memory: on the meta device there is none.
+        buffers = weight.untyped_storage()._cdata, gradient.untyped_storage()._cdata
         place = _Place(index, weight, gradient)
         places.setdefault((entry.parameter.shape, block, buffers), []).append(place)
     return [_run(alike) for group in places.values() for alike in _regular(group)]

@@ -111,16 +111,18 @@ def holdings(config: Config, world_size: int, stage: int) -> list[Holding]:
     stages = parallel.pipeline_model_parallel_size
     tensor, expert_tensor = parallel.tensor_model_parallel_size, parallel.expert_tensor_parallel_size
     data = world_size // stages // tensor
-    result = [_holding(config, [entry for entry in routes if not is_expert(entry.parameter)], data, tensor, 0.0)]
+    dense = [entry for entry in routes if not is_expert(entry.parameter)]
+    result = [_holding(config, dense, data, tensor, [0.0] * data)]
     experts = [entry for entry in routes if is_expert(entry.parameter)]
     if experts:
-        expert_data = world_size // stages // expert_tensor // parallel.expert_model_parallel_size
-        loads = result[0].plan.loads
-        result.append(_holding(config, experts, expert_data, expert_tensor, sum(loads) / len(loads)))
+        # Megatron-Core numbers the ranks that share an expert first, then those that share the experts of a layer.
+        sharing = expert_tensor * parallel.expert_model_parallel_size
+        loads = [result[0].plan.loads[first // tensor] for first in range(0, world_size // stages, sharing)]
+        result.append(_holding(config, experts, len(loads), expert_tensor, loads))
     return result
 
 
-def _holding(config: Config, routes: list[Route], data: int, tensor: int, load: float) -> Holding:
+def _holding(config: Config, routes: list[Route], data: int, tensor: int, loads: list[float]) -> Holding:
     plan = plan_ownership(
         routes,
         data,
@@ -128,7 +130,7 @@ def _holding(config: Config, routes: list[Route], data: int, tensor: int, load: 
         machine(),
         tensor_parallel_size=tensor,
         strategy=config.optimizer.ns_strategy,
-        loads=[load] * data,
+        loads=loads,
         teams=not is_expert(routes[0].parameter),
     )
     return Holding(routes, plan, data, tensor)

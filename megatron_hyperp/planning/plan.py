@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from megatron_hyperp.config import Config
 from megatron_hyperp.estimate import parameter_count, train_flops_per_token
 from megatron_hyperp.hardware import GIB
 from megatron_hyperp.planning.layouts import Cluster, Layout, Rejected, layouts, to_dict
+from megatron_hyperp.planning.memory import Memory
 from megatron_hyperp.text import aligned
 from megatron_hyperp.transfer import LearningRate
 
@@ -65,12 +67,18 @@ def make_plan(config: Config, cluster: Cluster) -> RunPlan:
     Raises:
         UsageError: the config cannot run on any number of ranks.
     """
-    filled = dataclasses.replace(config, model=dataclasses.replace(config.model))
-    filled.model.vocab_size = config.model.vocab_size or PAPER_VOCABULARY
+    filled = with_vocabulary(config)
     # Parallel sizes may need more ranks than one.
     alone = dataclasses.replace(filled, parallel=type(config.parallel)())
     fitting, rejected = layouts(filled, cluster)
     return RunPlan(alone.resolve(world_size=1), config, cluster, fitting, rejected)
+
+
+def with_vocabulary(config: Config) -> Config:
+    """Return the config, not resolved, with the paper's vocabulary if it has none."""
+    filled = dataclasses.replace(config, model=dataclasses.replace(config.model))
+    filled.model.vocab_size = config.model.vocab_size or PAPER_VOCABULARY
+    return filled
 
 
 def to_json(plan: RunPlan) -> dict[str, Any]:
@@ -126,20 +134,22 @@ def to_yaml(plan: RunPlan) -> str:
 
 def describe(plan: RunPlan) -> str:
     """Return the plan as a table for people."""
+    return "\n".join([*run_lines(plan), "", *_layout_lines(plan)])
+
+
+def run_lines(plan: RunPlan) -> list[str]:
+    """Return size, budget, learning rate and time: what does not depend on the layout."""
     model, moe, training = plan.config.model, plan.config.moe, plan.config.training
     total, active = parameter_count(model, moe), parameter_count(model, moe, active=True)
     size = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")
-    lines = [
+    return [
         f"model          {model.num_layers} layers, width {model.hidden_size}, vocabulary {model.vocab_size}: {size}",
         f"tokens         {training.train_tokens:,.0f} in {training.train_iters:,} steps of {plan.config.batch_tokens:,}"
         f" ({training.global_batch_size} sequences of {model.seq_length})",
         f"FLOPs          {plan.flops:.4g}",
         *_indented("optimizer", f"{plan.config.optimizer.optimizer}, {plan.learning_rate.describe()}"),
         f"time           {plan.hours:,.1f} hours on {plan.cluster.gpus} GPUs at {plan.cluster.mfu:.0%} MFU",
-        "",
-        *_layout_lines(plan),
     ]
-    return "\n".join(lines)
 
 
 def _indented(title: str, text: str) -> list[str]:
@@ -154,7 +164,9 @@ def _layout_lines(plan: RunPlan) -> list[str]:
     else:
         best = plan.fitting[0]
         lines = [f"Take {best.describe()} (of {len(plan.fitting)} layouts that fit {usable}):"]
-        lines += ["", *_memory_table(plan.fitting[:SHOWN]), "", *_cost_lines(best)]
+        memories = {layout.describe(): layout.memory for layout in plan.fitting[:SHOWN]}
+        seconds = [f"{layout.seconds:.2f} s" for layout in plan.fitting[:SHOWN]]
+        lines += ["", *memory_table(memories, {"step (rank)": seconds}), "", *cost_lines(best)]
     if plan.rejected:
         by_reason: dict[str, list[str]] = defaultdict(list)
         for item in plan.rejected:
@@ -169,16 +181,19 @@ def _shortened(titles: list[str]) -> str:
     return "; ".join(titles[:3]) + more
 
 
-def _memory_table(found: list[Layout]) -> list[str]:
-    parts = list(found[0].memory.to_dict())
-    rows = [["GiB per GPU", *parts, "step (rank)"]]
-    for layout in found:
-        cells = [f"{value / GIB:.2f}" for value in layout.memory.to_dict().values()]
-        rows.append([layout.describe(), *cells, f"{layout.seconds:.2f} s"])
+def memory_table(memories: Mapping[str, Memory], others: Mapping[str, list[str]] | None = None) -> list[str]:
+    """Return a table of memory by title; ``others`` are further columns by name."""
+    others = others or {}
+    parts = next(iter(memories.values())).to_dict()
+    rows = [["GiB per GPU", *parts, *others]]
+    for index, (title, memory) in enumerate(memories.items()):
+        cells = [f"{value / GIB:.2f}" for value in memory.to_dict().values()]
+        rows.append([title, *cells, *(column[index] for column in others.values())])
     return ["  " + line for line in aligned(rows, right=lambda column: column > 0)]
 
 
-def _cost_lines(layout: Layout) -> list[str]:
+def cost_lines(layout: Layout) -> list[str]:
+    """Return what a rank sends in a step, and what Newton-Schulz costs it."""
     sent = dataclasses.asdict(layout.traffic)
     cost = layout.newton_schulz
     named = ", ".join(f"{name.replace('_', '-')} {value / 1e9:.2f}" for name, value in sent.items() if value)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,12 @@ from megatron_hyperp.training.meter import Meter
 from megatron_hyperp.training.phases import Phases
 from megatron_hyperp.training.preflight import agree, check
 from megatron_hyperp.training.profiling import FOLDER, Profiler
+
+if TYPE_CHECKING:
+    from megatron_hyperp.model.delayed import DelayedScales
+    from megatron_hyperp.moe.balance import Balance
+    from megatron_hyperp.optim.data_parallel import DataParallel
+    from megatron_hyperp.optim.distributed import HyperPOptimizer
 
 SKIPS_IN_A_ROW = 20
 
@@ -75,6 +82,31 @@ def initialize_megatron(config: Config) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
 
 
+def build(
+    config: Config, balance: Balance | None, scales: DelayedScales | None = None, *, log: Callable[[str], None]
+) -> tuple[list[DataParallel], HyperPOptimizer]:
+    """Build this rank's pipeline chunks and their optimizer; Megatron's process groups must exist.
+
+    Args:
+        config: resolved config.
+        balance: load statistics of the experts, or None for a dense model.
+        scales: of delayed scaling in emulated FP8, if there are any.
+        log: receives what the optimizer has to say of itself.
+    """
+    from megatron_hyperp.model.build import build_model, transformer_config
+    from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
+    from megatron_hyperp.optim.distributed import get_hyperp_optimizer
+
+    core_config, parallel = transformer_config(config), config.parallel
+    chunks = wrap_for_data_parallelism(
+        core_config,
+        build_model(config, core_config, balance, scales),
+        overlap_grad_reduce=device.overlaps(parallel.overlap_grad_reduce),
+        overlap_param_gather=device.overlaps(parallel.overlap_param_gather),
+    )
+    return chunks, get_hyperp_optimizer(config, chunks, log=log)
+
+
 class Trainer:
     """One run: model, optimizer, schedule, data, and the loop over them.
 
@@ -87,10 +119,8 @@ class Trainer:
     def __init__(self, config: Config, tokenizer: Any, resume_from: Path | None) -> None:
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-        from megatron_hyperp.model.build import build_balance, build_model, transformer_config
+        from megatron_hyperp.model.build import build_balance
         from megatron_hyperp.model.delayed import build_scales
-        from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
-        from megatron_hyperp.optim.distributed import get_hyperp_optimizer
         from megatron_hyperp.training.stability import Stability
 
         self.config = config
@@ -100,15 +130,8 @@ class Trainer:
         self.console = Console(active=self.rank == 0, total=config.training.train_iters, quiet=config.logging.quiet)
         initialize_megatron(config)
         self._announce()
-        core_config, parallel = transformer_config(config), config.parallel
         self.balance, self.scales = build_balance(config), build_scales(config)
-        self.chunks = wrap_for_data_parallelism(
-            core_config,
-            build_model(config, core_config, self.balance, self.scales),
-            overlap_grad_reduce=device.overlaps(parallel.overlap_grad_reduce),
-            overlap_param_gather=device.overlaps(parallel.overlap_param_gather),
-        )
-        self.optimizer = get_hyperp_optimizer(config, self.chunks, log=self.console.print)
+        self.chunks, self.optimizer = build(config, self.balance, self.scales, log=self.console.print)
         self.stability = Stability(config, self.chunks, self.optimizer, self.balance)
         self._time_communication()
         options, peak = config.optimizer, config.learning_rate().value

@@ -44,8 +44,7 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
         )
     _check_layers(config)
     _check_kernels(config)
-    alarms.check(config.logging.alarm, saves=config.checkpoint.save is not None)
-    profiling.check(config, world_size)
+    check_reports(config, world_size)
     options = config.optimizer
     dtype = device.newton_schulz_dtype(options.ns_dtype, gram=options.asks_for_gram)
     try:
@@ -61,6 +60,16 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
     if config.checkpoint.save:
         checkpointing.check_writable(config.checkpoint.save, "--save")
     return config, tokenizer, _checkpoint_to_load(config)
+
+
+def check_reports(config: Config, world_size: int) -> None:
+    """See that a resolved config's alarms and profile can be what they are to be.
+
+    Raises:
+        UsageError: one cannot.
+    """
+    alarms.check(config.logging.alarm, saves=config.checkpoint.save is not None)
+    profiling.check(config, world_size)
 
 
 def _check_layers(config: Config) -> None:

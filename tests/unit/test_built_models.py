@@ -64,27 +64,15 @@ PARTS = {
 
 def build_all(cases: dict[str, Case]) -> dict[str, dict[str, Parameter]]:
     """Build each model on the meta device, among process groups that do not communicate; parameters by name."""
-    import torch
-    import torch.distributed as dist
-    from megatron.core import parallel_state
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
     from megatron_hyperp import device
     from megatron_hyperp.model.build import _build_chunk, build_balance, transformer_config
     from megatron_hyperp.parameters import is_expert, mark_expert_parameters, named_parameters, partition_dim
-    from megatron_hyperp.training.loop import initialize_megatron
+    from megatron_hyperp.training.dry_run import as_rank
 
-    with torch.device("meta"):
-        torch.empty(0)  # torch notes now which functions obey it, and would not know the adapter's
-    with torch.device("meta"):
-        torch.empty(0)  # torch notes now which functions obey it, and would not know the adapter's
-    device.adapt_megatron()
     built: dict[str, dict[str, Parameter]] = {}
     for title, case in cases.items():
         config = arguments.parse(case.flags.split(), description="").resolve(world_size=case.ranks)
-        dist.init_process_group("fake", store=FakeStore(), rank=case.rank, world_size=case.ranks)
-        initialize_megatron(config)
-        with torch.device("meta"):
+        with device.dry(), as_rank(config, case.rank, case.ranks):
             chunk = _build_chunk(config, transformer_config(config), None, build_balance(config))
         mark_expert_parameters(chunk, config.parallel.expert_tensor_parallel_size)
         found = list(named_parameters(chunk))
@@ -94,8 +82,6 @@ def build_all(cases: dict[str, Case]) -> dict[str, dict[str, Parameter]]:
             name: Parameter(role_of(name, value), tuple(value.shape), is_expert(value), partition_dim(value))
             for name, value in found
         }
-        parallel_state.destroy_model_parallel()
-        dist.destroy_process_group()
     return built
 
 

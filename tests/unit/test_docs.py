@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 
+from examples import pretrain_gpt
 from megatron_hyperp import arguments
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +88,8 @@ def test_command(command: str) -> None:
     assert (ROOT / script).is_file()
     flags = words[words.index(script) + 1 :]
     if script == "examples/pretrain_gpt.py":
-        arguments.parse([flag for flag in flags if flag not in written_configs()], description="")
+        given = [flag for flag in flags if flag not in written_configs()]
+        arguments.from_flags(vars(pretrain_gpt.parser().parse_args(given)))
     elif script.endswith(".py"):
         shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
         for flag in (word for word in flags if word.startswith("--")):
