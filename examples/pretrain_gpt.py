@@ -12,12 +12,12 @@ from megatron_hyperp import arguments
 from megatron_hyperp.errors import UsageError, run_command
 
 
-def main(argv: list[str]) -> None:
-    """Read config and flags, then train."""
+def main(argv: list[str]) -> int:
+    """Read config and flags, then train; return the exit code."""
     config = arguments.parse(argv, description="Pretrain a GPT with HyperP on Megatron-Core.")
     from megatron_hyperp.training.loop import pretrain
 
-    pretrain(config, world_size=world_size())
+    return pretrain(config, world_size=world_size())
 
 
 def world_size() -> int:

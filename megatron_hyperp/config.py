@@ -211,6 +211,9 @@ class TrainingConfig:
     train_iters: int = knob(0, "optimizer steps [from the tokens]")
     train_tokens: float = knob(0.0, "training tokens [T0 N(d)/N(d0) with --depth]")
     exit_interval: int = knob(0, "stop at the first multiple of this iteration, saving; 0: run to the end")
+    exit_duration_in_mins: float | None = knob(
+        None, "stop after the step in which the run has lasted so long, saving, with exit code 75 [run on]", POSITIVE
+    )
     eval_interval: int = knob(100, "iterations between evaluations; 0 switches them off")
     eval_iters: int = knob(10, "batches per evaluation, the same ones each time")
     seed: int = knob(1234, "seed of initialisation and data order", SEED)

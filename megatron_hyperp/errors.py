@@ -1,14 +1,18 @@
-"""How the command lines fail: one clear line, exit code 2, a traceback only on ``--debug``."""
+"""How the command lines end: exit codes (docs/signals.md), one clear line, a traceback only on ``--debug``."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_USAGE = 2
+# Asked to stop before the end: the same command goes on from the checkpoint. EX_TEMPFAIL of sysexits.h.
+EXIT_STOPPED = 75
 
 # A launcher ends all ranks when the first one fails: those that leave an error to rank 0 give it this time to print it.
 SECONDS_FOR_RANK_0 = 10.0
@@ -25,6 +29,14 @@ class UsageError(ValueError):
     def __init__(self, message: str, *, same_on_all_ranks: bool = False) -> None:
         super().__init__(message)
         self.same_on_all_ranks = same_on_all_ranks
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """Exit without handlers, and without leaving processes behind that they would have ended (they hold its pipes)."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
@@ -47,10 +59,9 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
             print(f"{who}error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(SECONDS_FOR_RANK_0)
-        sys.stdout.flush()
         if "RANK" in os.environ:
             # A rank that fails alone must not wait in a process-group destructor for the others.
-            os._exit(EXIT_USAGE)
+            leave_at_once(EXIT_USAGE)
         sys.exit(EXIT_USAGE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
