@@ -15,8 +15,8 @@ import torch.distributed as dist
 from megatron_hyperp import device, estimate, libraries
 from megatron_hyperp.config import Config, data_parallel_size, micro_batches
 from megatron_hyperp.data import loader
-from megatron_hyperp.errors import EXIT_STOPPED, UsageError
-from megatron_hyperp.training import checkpointing
+from megatron_hyperp.errors import EXIT_STOPPED, LostRankError, UsageError
+from megatron_hyperp.training import checkpointing, heartbeats
 from megatron_hyperp.training.alarms import ACTIONS, Alarms
 from megatron_hyperp.training.checkpointing import Progress
 from megatron_hyperp.training.forward import Batches, forward_step
@@ -42,15 +42,22 @@ def pretrain(config: Config, *, world_size: int) -> int:
 
     Raises:
         UsageError: bad input, before training starts; or gradients that stay non-finite.
+        LostRankError: a collective of the training failed, because another rank died or hangs.
     """
     config, tokenizer, resume_from = check(config, world_size)
     device.adapt_megatron()
     device.init_process_group(config.parallel.distributed_timeout_minutes)
+    if dist.get_rank() == 0:
+        heartbeats.clear(config.logging.run_dir)
     agree(resume_from)
     trainer = Trainer(config, tokenizer, resume_from)
-    with trainer.stop_requests.listening():
+    with trainer.stop_requests.listening(), trainer.heartbeats.beating():
         try:
             trainer.train()
+        except BaseException as error:  # what saving raises is no Exception
+            if message := trainer.heartbeats.explain(error):
+                raise LostRankError(message) from error
+            raise
         finally:
             trainer.close_reports()
         # A launcher ends all ranks when the first one leaves with another code than 0: rank 0 may not be done yet.
@@ -136,6 +143,12 @@ class Trainer:
         self.optimizer.ballot = self.stop_requests.ballot
         # Why the run stopped before its end, if it was asked to.
         self.stopped: str | None = None
+        self.heartbeats = heartbeats.Heartbeats(
+            config.logging.run_dir,
+            self.rank,
+            config.logging.heartbeat_interval,
+            lambda: (self.progress.iteration, self.phases.current),
+        )
         self._skips_in_a_row = 0
         self.progress, run_id = Progress(), None
         if resume_from is not None:

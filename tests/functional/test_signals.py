@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_hyperp.errors import EXIT_STOPPED
+from megatron_hyperp.errors import EXIT_LOST_RANK, EXIT_STOPPED
 from megatron_hyperp.training.checkpointing import TRACKER
 from megatron_hyperp.training.logging import read_events, read_metrics
 from megatron_hyperp.training.signals import SECONDS_OF_ONE_REQUEST
@@ -115,3 +116,25 @@ def test_the_clock_stops_a_run(workspace: Path) -> None:
     event = read_events(folder)[-1]
     assert (event["kind"], event["iteration"]) == ("stopped", done)
     assert f"stopping: --exit-duration-in-mins 0.02 are over\nstopped at iteration {done} of 100000" in result.stdout
+
+
+def test_a_killed_rank_ends_the_other_with_one_line(workspace: Path) -> None:
+    with started(workspace, workspace / "killed", after=1) as launcher:
+        workers(launcher)[1].kill()
+        _, errors = launcher.communicate(timeout=100)
+    (line,) = [line for line in errors.splitlines() if "error: " in line and "another rank died" in line]
+    assert line.startswith("[rank 0] error: ")
+    assert "Traceback" not in errors.split("torch/distributed")[0]
+
+
+def test_a_stopped_rank_is_named_within_the_timeout(workspace: Path) -> None:
+    flags = ("--distributed-timeout-minutes", 0.4, "--heartbeat-interval", 2)
+    with started(workspace, workspace / "hanging", *flags, after=1) as launcher:
+        waiting, hanging = workers(launcher)
+        hanging.suspend()
+        psutil.wait_procs([waiting], timeout=60)
+        hanging.kill()
+        _, errors = launcher.communicate(timeout=100)
+    assert f"exitcode  : {EXIT_LOST_RANK} " in errors
+    (line,) = [line for line in errors.splitlines() if "error: " in line and "another rank died" in line]
+    assert re.search(r"^\[rank 0\] error: .* rank 1 gave its last sign [0-9]+ s ago, after iteration ", line)
