@@ -32,13 +32,13 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
-def main(argv: list[str]) -> None:
-    """Read config and flags, then train, or only say what training would do."""
+def main(argv: list[str]) -> int:
+    """Read config and flags, then train, or only say what training would do; return the exit code."""
     options = vars(parser().parse_args(argv))
     config = arguments.from_flags(options)
     if options["dry_run"]:
         rehearse(config, options)
-        return
+        return 0
     for name in ("world_size", "dry_run_rank", *DEFAULTS):
         if name in options:
             raise UsageError(
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
             )
     from megatron_hyperp.training.loop import pretrain
 
-    pretrain(config, world_size=world_size())
+    return pretrain(config, world_size=world_size())
 
 
 def rehearse(config: Config, options: dict[str, Any]) -> None:

@@ -122,7 +122,7 @@ class ParallelConfig:
         "elements from which on a bucket of gradients is closed, once its owners are balanced"
         " [the larger of 40M and 1M x data-parallel ranks, or all in one without --overlap-grad-reduce]",
     )
-    distributed_timeout_minutes: int = knob(10, "a collective that waits longer ends the job", POSITIVE)
+    distributed_timeout_minutes: float = knob(10.0, "a collective that waits longer ends the job", POSITIVE)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -211,6 +211,9 @@ class TrainingConfig:
     train_iters: int = knob(0, "optimizer steps [from the tokens]")
     train_tokens: float = knob(0.0, "training tokens [T0 N(d)/N(d0) with --depth]")
     exit_interval: int = knob(0, "stop at the first multiple of this iteration, saving; 0: run to the end")
+    exit_duration_in_mins: float | None = knob(
+        None, "stop after the step in which the run has lasted so long, saving, with exit code 75 [run on]", POSITIVE
+    )
     eval_interval: int = knob(100, "iterations between evaluations; 0 switches them off")
     eval_iters: int = knob(10, "batches per evaluation, the same ones each time")
     seed: int = knob(1234, "seed of initialisation and data order", SEED)
@@ -286,6 +289,7 @@ class LoggingConfig:
             "help": '"METRIC > NUMBER [* smoothed] [: warn|save|stop]" ..., such as "loss > 1.5 * smoothed: save"'
         },
     )
+    heartbeat_interval: float = knob(10.0, "seconds between signs of life of each rank, in RUN_DIR/heartbeats; 0: none")
     quiet: bool = knob(False, "print warnings and the summary alone")
     profile: str | None = knob(None, "FIRST:LAST iterations to trace with PyTorch's profiler")
     profile_ranks: list[str] = field(default_factory=lambda: ["0"], metadata={"help": "RANK ... to trace [0]"})

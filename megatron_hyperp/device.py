@@ -162,7 +162,7 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def init_process_group(timeout_minutes: int) -> None:
+def init_process_group(timeout_minutes: float) -> None:
     """Join the job's process group: NCCL under CUDA, else gloo; alone, when no launcher set the environment."""
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if has_cuda():

@@ -1,14 +1,20 @@
-"""How the command lines fail: one clear line, exit code 2, a traceback only on ``--debug``."""
+"""How the command lines end: exit codes (docs/signals.md), one clear line, a traceback only on ``--debug``."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_USAGE = 2
+# Asked to stop before the end: the same command goes on from the checkpoint. EX_TEMPFAIL of sysexits.h.
+EXIT_STOPPED = 75
+# A collective failed because another rank died or hung; nothing was saved. EX_PROTOCOL of sysexits.h.
+EXIT_LOST_RANK = 76
 
 # A launcher ends all ranks when the first one fails: those that leave an error to rank 0 give it this time to print it.
 SECONDS_FOR_RANK_0 = 10.0
@@ -27,8 +33,20 @@ class UsageError(ValueError):
         self.same_on_all_ranks = same_on_all_ranks
 
 
+class LostRankError(RuntimeError):
+    """Another rank died or hangs, so that this one cannot go on; the message is one line."""
+
+
+def leave_at_once(code: int) -> NoReturn:
+    """Exit without handlers, and without leaving processes behind that they would have ended (they hold its pipes)."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    os._exit(code)
+
+
 def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
-    """Run a command line's ``main(argv)`` and exit: 0, its own code, or 2 after a :class:`UsageError`.
+    """Run a command line's ``main(argv)`` and exit: 0, its own code, 2 after a :class:`UsageError`, or 76.
 
     ``--debug`` anywhere in ``argv`` (it is taken out) shows the traceback of a usage error as well.
     Other exceptions are bugs or failures of the machine and keep their traceback.
@@ -47,11 +65,15 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
             print(f"{who}error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(SECONDS_FOR_RANK_0)
-        sys.stdout.flush()
         if "RANK" in os.environ:
             # A rank that fails alone must not wait in a process-group destructor for the others.
-            os._exit(EXIT_USAGE)
+            leave_at_once(EXIT_USAGE)
         sys.exit(EXIT_USAGE)
+    except LostRankError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"[rank {os.environ.get('RANK', '0')}] error: {error}", file=sys.stderr, flush=True)
+        leave_at_once(EXIT_LOST_RANK)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

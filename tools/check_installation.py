@@ -18,8 +18,8 @@ MODEL = (
 )
 
 
-def main(argv: list[str]) -> None:
-    """Train; what cannot be is an error in one line."""
+def main(argv: list[str]) -> int:
+    """Train; what cannot be is an error in one line. Return the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         prefix = str(Path(folder) / "counting")
         lines = [" ".join(str((start + i) % VOCABULARY) for i in range(129)) for start in range(64)]
@@ -29,8 +29,10 @@ def main(argv: list[str]) -> None:
         config = arguments.parse(flags, description="Train two steps of a tiny model; flags are the trainer's.")
         from megatron_hyperp.training.loop import pretrain
 
-        progress = pretrain(config, world_size=1)
-    print(f"works: {progress.iteration} steps")
+        code = pretrain(config, world_size=1)
+    if not code:
+        print("this installation trains")
+    return code
 
 
 if __name__ == "__main__":

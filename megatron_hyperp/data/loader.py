@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import re
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -385,11 +386,19 @@ def batches(
         collate_fn=_collate,
         num_workers=num_workers,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_rank,
         # Without one of its own a loader draws a seed from the global generator, and every evaluation would change the
         # random numbers of training.
         generator=torch.Generator(),
     )
     return _until_exhausted(loader, length, consumed_samples, ends=num_batches is not None)
+
+
+def _leave_signals_to_the_rank(_: int) -> None:
+    """Let a data-loading process live on when its rank is asked to stop: launchers signal a rank's children, too."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _until_exhausted(loader: DataLoader[Batch], length: int, consumed_samples: int, *, ends: bool) -> Iterator[Batch]:

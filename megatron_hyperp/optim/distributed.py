@@ -66,6 +66,9 @@ class HyperPOptimizer(MegatronOptimizer):
         }
         # Set for a step that is to be looked at.
         self.observer: StepObserver | None = None
+        # What this rank has to add to numbers that ranks sum in each step, beside the norm; and the last step's sums.
+        self.ballot: Callable[[], Sequence[float]] = tuple
+        self.votes: list[float] = []
         self.exchange = exchange
         self.newton_schulz = newton_schulz
         self.is_stub_optimizer = False
@@ -220,13 +223,17 @@ class HyperPOptimizer(MegatronOptimizer):
         )
 
     def _global_norm(self, gradients: Sequence[torch.Tensor]) -> float:
-        """Return the norm over all gradients of the model, each counted once."""
-        total = torch.zeros((), dtype=torch.float64, device=device.device())
+        """Return the norm over all gradients of the model, each counted once; sum the ballots on the way."""
+        ballot = self.ballot()
+        summed = torch.zeros(1 + len(ballot), dtype=torch.float64, device=device.device())
+        for place, vote in enumerate(ballot, start=1):
+            if vote:
+                summed[place] = vote
         for family, gradient in zip(self.families, gradients, strict=True):
             # A replica adds nothing, but what is not finite in it stays so (0 x inf is NaN) and skips the step too.
-            total += _weight_in_norms(family) * (gradient * gradient).sum(dtype=torch.float64)
-        dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
-        squared = total.item()
+            summed[0] += _weight_in_norms(family) * (gradient * gradient).sum(dtype=torch.float64)
+        dist.all_reduce(summed, group=self.get_grad_stats_parallel_group())
+        squared, *self.votes = summed.tolist()
         return math.sqrt(squared) if math.isfinite(squared) else squared
 
     def _update_model(self) -> None:

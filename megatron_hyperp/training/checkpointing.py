@@ -54,7 +54,8 @@ COURSE = {
     "transfer": set[str](),
     "data": {"data_cache_path", "num_workers"},
     "training": {
-        *("micro_batch_size", "exit_interval", "eval_interval", "eval_iters", "transformer_impl"),
+        *("micro_batch_size", "exit_interval", "exit_duration_in_mins", "eval_interval", "eval_iters"),
+        "transformer_impl",
         *("recompute_granularity", "recompute_method", "recompute_num_layers"),
         *("attention_backend", "gradient_accumulation_fusion"),
         *("cross_entropy_loss_fusion", "cross_entropy_fusion_impl"),

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from megatron_hyperp import device, estimate, libraries
 from megatron_hyperp.config import Config, data_parallel_size, micro_batches
 from megatron_hyperp.data import loader
-from megatron_hyperp.errors import UsageError
-from megatron_hyperp.training import checkpointing
+from megatron_hyperp.errors import EXIT_STOPPED, LostRankError, UsageError
+from megatron_hyperp.training import checkpointing, heartbeats
 from megatron_hyperp.training.alarms import ACTIONS, Alarms
 from megatron_hyperp.training.checkpointing import Progress
 from megatron_hyperp.training.forward import Batches, forward_step
@@ -26,6 +26,7 @@ from megatron_hyperp.training.meter import Meter
 from megatron_hyperp.training.phases import Phases
 from megatron_hyperp.training.preflight import agree, check
 from megatron_hyperp.training.profiling import FOLDER, Profiler
+from megatron_hyperp.training.signals import StopRequests
 
 if TYPE_CHECKING:
     from megatron_hyperp.model.delayed import DelayedScales
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 SKIPS_IN_A_ROW = 20
 
 
-def pretrain(config: Config, *, world_size: int) -> Progress:
+def pretrain(config: Config, *, world_size: int) -> int:
     """Train as the config says; every rank of the job calls this.
 
     Args:
@@ -44,23 +45,34 @@ def pretrain(config: Config, *, world_size: int) -> Progress:
         world_size: ranks of the job.
 
     Returns:
-        Where the run stands at its end.
+        The exit code: 0, or ``EXIT_STOPPED`` after a signal or ``--exit-duration-in-mins``.
 
     Raises:
         UsageError: bad input, before training starts; or gradients that stay non-finite.
+        LostRankError: a collective of the training failed, because another rank died or hangs.
     """
     config, tokenizer, resume_from = check(config, world_size)
     device.adapt_megatron()
     device.init_process_group(config.parallel.distributed_timeout_minutes)
+    if dist.get_rank() == 0:
+        heartbeats.clear(config.logging.run_dir)
     agree(resume_from)
     trainer = Trainer(config, tokenizer, resume_from)
-    try:
-        progress = trainer.train()
-    finally:
-        trainer.close_reports()
+    with trainer.stop_requests.listening(), trainer.heartbeats.beating():
+        try:
+            trainer.train()
+        except BaseException as error:  # what saving raises is no Exception
+            if message := trainer.heartbeats.explain(error):
+                raise LostRankError(message) from error
+            raise
+        finally:
+            trainer.close_reports()
+        # A launcher ends all ranks when the first one leaves with another code than 0: rank 0 may not be done yet.
+        if trainer.stopped:
+            dist.barrier()
     # Only after success: a rank that fails alone must not wait for the others in the process groups' destructors.
     trainer.leave_groups()
-    return progress
+    return EXIT_STOPPED if trainer.stopped else 0
 
 
 def initialize_megatron(config: Config) -> None:
@@ -150,6 +162,16 @@ class Trainer:
             use_checkpoint_opt_param_scheduler=False,
             wsd_decay_steps=options.lr_wsd_decay_iters,
             lr_wsd_decay_style="linear",
+        )
+        self.stop_requests = StopRequests(config.training.exit_duration_in_mins, self.phases.started)
+        self.optimizer.ballot = self.stop_requests.ballot
+        # Why the run stopped before its end, if it was asked to.
+        self.stopped: str | None = None
+        self.heartbeats = heartbeats.Heartbeats(
+            config.logging.run_dir,
+            self.rank,
+            config.logging.heartbeat_interval,
+            lambda: (self.progress.iteration, self.phases.current),
         )
         self._skips_in_a_row = 0
         self.progress, run_id = Progress(), None
@@ -253,7 +275,7 @@ class Trainer:
         ]
 
     def train(self) -> Progress:
-        """Run to the last iteration, or to ``--exit-interval``; save there."""
+        """Run to the last iteration, to ``--exit-interval``, or until asked to stop; save there."""
         config, training = self.config, self.config.training
         if self.progress.iteration >= training.train_iters:
             self.console.print(f"nothing to do: iteration {self.progress.iteration} of {training.train_iters} is done")
@@ -278,10 +300,13 @@ class Trainer:
             self.progress.consumed_tokens += config.batch_tokens
             meter.add(losses, lr, grad_norm)
             iteration, last = self.progress.iteration, self.progress.iteration == training.train_iters
+            self.stopped = None if last else self.stop_requests.reason(self.optimizer.votes)
             stopping = last or bool(training.exit_interval and iteration % training.exit_interval == 0)
+            stopping = stopping or self.stopped is not None
             self.profiler.after(iteration)
             row = self._report(meter, watched=watched, logged=iteration % config.logging.log_interval == 0 or stopping)
-            if training.eval_interval and (iteration % training.eval_interval == 0 or last):
+            # Who sent a signal may not wait long: the checkpoint comes first.
+            if training.eval_interval and not self.stopped and (iteration % training.eval_interval == 0 or last):
                 with meter.paused(), self.phases.phase("evaluation"):
                     row["eval_loss"] = self.evaluate()
             wish = self._sound(row) if self.alarms and row else "warn"
@@ -293,6 +318,9 @@ class Trainer:
             if stopping:
                 break
         self.console.stop_bar()
+        if self.stopped:
+            self.console.print(f"stopping: {self.stopped}", important=True)
+            self.writer.event(self.progress.iteration, "stopped", self.stopped)
         self._summarize()
         return self.progress
 

@@ -25,6 +25,11 @@ class Phases:
         self._mark = time.monotonic()
         self.started = self._mark
 
+    @property
+    def current(self) -> str:
+        """Where the run is now."""
+        return next(iter(self._open[-1:]), "other")
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Count the time until the block ends for a phase."""
