@@ -100,7 +100,7 @@ def attention(dtype: torch.dtype, repeats: int) -> Table:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_hyperp.model.attention import SdpaAttention
-    from megatron_hyperp.training.loop import initialize_megatron
+    from megatron_hyperp.training.setup import initialize_megatron
 
     yield ["attention", "sequence", "batch", *COLUMNS]
     initialize_megatron(load_yaml(QUICKSTART).resolve(tokenizer_vocab_size=2048))

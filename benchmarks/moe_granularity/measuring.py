@@ -227,7 +227,7 @@ def at_start(case: Case, prefix: str) -> tuple[list[Output], Output]:
     """Return what an untrained model's blocks put out on held-out text, and the first one alone on random inputs."""
     with alone(case.config(prefix, "unused")) as config:
         from megatron_hyperp.model.build import build_balance, build_model, transformer_config
-        from megatron_hyperp.training.loop import initialize_megatron
+        from megatron_hyperp.training.setup import initialize_megatron
 
         initialize_megatron(config)
         (chunk,) = build_model(config, transformer_config(config), build_balance(config))

@@ -21,7 +21,7 @@ from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.tensor_parallel import AUTO, MACHINES
 from megatron_hyperp.planning.inventory import shapes
 from megatron_hyperp.text import aligned
-from megatron_hyperp.training.loop import initialize_megatron
+from megatron_hyperp.training.setup import initialize_megatron
 
 if TYPE_CHECKING:
     from benchmarks.optimizer_step.methods import Method

@@ -25,8 +25,8 @@ from megatron_hyperp.planning.layouts import Cluster, evaluate
 from megatron_hyperp.planning.memory import Memory
 from megatron_hyperp.planning.plan import RunPlan, cost_lines, memory_table, run_lines, with_vocabulary
 from megatron_hyperp.text import aligned
-from megatron_hyperp.training.loop import build, initialize_megatron
 from megatron_hyperp.training.preflight import check_reports
+from megatron_hyperp.training.setup import build, initialize_megatron
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ def measure(flags: str) -> tuple[int, int]:
     from megatron_hyperp.model.build import build_balance, build_model, transformer_config
     from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
     from megatron_hyperp.optim.distributed import get_hyperp_optimizer
-    from megatron_hyperp.training.loop import initialize_megatron
+    from megatron_hyperp.training.setup import initialize_megatron
 
     device.adapt_megatron()
     device.init_process_group(2)

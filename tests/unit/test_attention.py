@@ -52,7 +52,7 @@ def compare() -> dict[tuple[str, str], list[list[torch.Tensor]]]:
 
     from megatron_hyperp import arguments, device
     from megatron_hyperp.model.attention import SdpaAttention
-    from megatron_hyperp.training.loop import initialize_megatron
+    from megatron_hyperp.training.setup import initialize_megatron
 
     device.adapt_megatron()
     device.init_process_group(1)

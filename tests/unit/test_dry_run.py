@@ -98,7 +98,7 @@ def build_really(ranks: int) -> dict[str, tuple[Any, ...]]:
     from megatron_hyperp.model.build import build_balance
     from megatron_hyperp.parameters import named_parameters
     from megatron_hyperp.training.dry_run import ownership
-    from megatron_hyperp.training.loop import build, initialize_megatron
+    from megatron_hyperp.training.setup import build, initialize_megatron
 
     device.adapt_megatron()
     device.init_process_group(1)

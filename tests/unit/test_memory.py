@@ -61,7 +61,7 @@ def measure_states(ranks: int) -> dict[str, tuple[int, int]]:
     from megatron_hyperp.model.build import build_balance, build_model, transformer_config
     from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
     from megatron_hyperp.optim.distributed import get_hyperp_optimizer
-    from megatron_hyperp.training.loop import initialize_megatron
+    from megatron_hyperp.training.setup import initialize_megatron
 
     device.adapt_megatron()
     device.init_process_group(1)
@@ -109,7 +109,7 @@ def measure_kept() -> dict[str, int]:
 
     from megatron_hyperp import device
     from megatron_hyperp.model.build import build_balance, build_model, transformer_config
-    from megatron_hyperp.training.loop import initialize_megatron
+    from megatron_hyperp.training.setup import initialize_megatron
 
     device.adapt_megatron()
     device.init_process_group(1)

@@ -1,0 +1,61 @@
+"""What a training is made of: Megatron-Core's process groups, the model's chunks, their optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+
+from megatron_hyperp import device
+from megatron_hyperp.config import Config
+
+if TYPE_CHECKING:
+    from megatron_hyperp.model.delayed import DelayedScales
+    from megatron_hyperp.moe.balance import Balance
+    from megatron_hyperp.optim.data_parallel import DataParallel
+    from megatron_hyperp.optim.distributed import HyperPOptimizer
+
+
+def initialize_megatron(config: Config) -> None:
+    """Create Megatron-Core's process groups and random states; torch's process group must exist."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel, virtual = config.parallel, config.parallel.num_virtual_stages_per_pipeline_rank
+    parallel_state.initialize_model_parallel(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        virtual if virtual > 1 else None,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        # Gloo twins of the NCCL groups, for CPU tensors: nothing here sends any.
+        create_gloo_process_groups=False,
+    )
+    torch.manual_seed(config.training.seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+
+
+def build(
+    config: Config, balance: Balance | None, scales: DelayedScales | None = None, *, log: Callable[[str], None]
+) -> tuple[list[DataParallel], HyperPOptimizer]:
+    """Build this rank's pipeline chunks and their optimizer; Megatron's process groups must exist.
+
+    Args:
+        config: resolved config.
+        balance: load statistics of the experts, or None for a dense model.
+        scales: of delayed scaling in emulated FP8, if there are any.
+        log: receives what the optimizer has to say of itself.
+    """
+    from megatron_hyperp.model.build import build_model, transformer_config
+    from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
+    from megatron_hyperp.optim.distributed import get_hyperp_optimizer
+
+    core_config, parallel = transformer_config(config), config.parallel
+    chunks = wrap_for_data_parallelism(
+        core_config,
+        build_model(config, core_config, balance, scales),
+        overlap_grad_reduce=device.overlaps(parallel.overlap_grad_reduce),
+        overlap_param_gather=device.overlaps(parallel.overlap_param_gather),
+    )
+    return chunks, get_hyperp_optimizer(config, chunks, log=log)
