@@ -37,12 +37,15 @@ def sphere_radius(role: str, shape: tuple[int, ...], *, radius_scale: float, out
 def inner_products(weights: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     """Return [count, 3] in float64: ||W||^2, <W, U> and ||U||^2 of each matrix, or of the local part of it.
 
+    Rows are summed in the precision of the matrices, and the sums of rows in float64: a copy of all elements in float64
+    takes three times as long, for an error of 1e-10 in place of 3e-9.
+
     Args:
         weights: [count, rows, columns].
         directions: the same shape.
     """
     pairs = ((weights, weights), (weights, directions), (directions, directions))
-    return torch.stack([(x * y).sum(dim=(1, 2), dtype=torch.float64) for x, y in pairs], dim=1)
+    return torch.stack([torch.linalg.vecdot(x, y).sum(dim=1, dtype=torch.float64) for x, y in pairs], dim=1)
 
 
 def move_of(products: torch.Tensor, *, radii: torch.Tensor, lr: float) -> torch.Tensor:
