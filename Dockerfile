@@ -19,6 +19,7 @@ RUN sed -i -E '/^transformer[-_]engine/Id' /etc/pip/constraint.txt \
 
 # Dependencies first: they change less often than the sources. The image's PyTorch, NumPy and the like stay.
 ARG MEGATRON_CORE=0.16.1
+# hadolint ignore=DL3013  (what has no version here is pinned by the image's own constraints, or hardly matters)
 RUN pip install --no-cache-dir \
       "megatron-core==${MEGATRON_CORE}" psutil scipy "sentencepiece==0.2.3" tokenizers pyyaml rich matplotlib \
       tensorboard "wandb==0.31.0" pytest pytest-timeout pytest-xdist
