@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.hardware import GPUS
+from megatron_hyperp.hardware import GPUS, Gpu
 
 _CPU = torch.device("cpu")
 
@@ -136,13 +136,17 @@ def newton_schulz_chunk() -> int | None:
     return None if has_cuda() else _NEWTON_SCHULZ_CHUNK
 
 
+def gpu() -> Gpu | None:
+    """This rank's GPU by its data sheet, if it is a known one."""
+    if not has_cuda():
+        return None
+    return next((kind for name, kind in GPUS.items() if name in torch.cuda.get_device_name()), None)
+
+
 def peak_tflops() -> float | None:
     """Peak dense bf16 TFLOP/s of this device if it is a known one, for model FLOPs utilization."""
-    if has_cuda():
-        for name, gpu in GPUS.items():
-            if name in torch.cuda.get_device_name():
-                return gpu.tflops
-    return None
+    known = gpu()
+    return known.tflops if known else None
 
 
 def megatron_settings() -> dict[str, Any]:

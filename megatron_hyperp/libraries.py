@@ -58,7 +58,8 @@ def implementation(config: Config) -> tuple[str, str]:
         raise UsageError(
             f"--transformer-impl transformer_engine needs {lacking}; give local, or leave it out; to install it:"
             " pip install megatron-hyperp[gpu]",
-            same_on_all_ranks=True,
+            # What one node with GPUs lacks, another may have: there each rank says so itself.
+            same_on_all_ranks=not device.has_cuda(),
         )
     if asked:
         return asked, "as asked"

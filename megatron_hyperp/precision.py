@@ -18,6 +18,7 @@ def check(config: Config) -> None:
     Raises:
         UsageError: the first of them.
     """
+    _check_delayed_scaling(config.training)
     _check_fp8(config)
     _check_kernels(config.training)
 
@@ -35,8 +36,6 @@ def _check_fp8(config: Config) -> None:
         ):
             if given:
                 raise UsageError(f"{flag} needs --fp8-format; give hybrid or e4m3, or leave it out")
-    _check_delayed_scaling(training)
-    if training.fp8_format == "none":
         return
     if start + end >= layers:
         raise UsageError(

@@ -10,12 +10,6 @@ from tests.run_distributed import free_port
 from tests.stand_ins import stand_in_for_transformer_engine
 from tests.toy import rows_of_training, toy_config
 
-EXPERTS = {
-    "num_experts": 4,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 32,
-    "moe_shared_expert_intermediate_size": 32,
-}
 Cases = dict[str, dict[str, Any]]
 Rows = dict[str, list[dict[str, Any]]]
 

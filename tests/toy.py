@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from megatron_hyperp import arguments
 from megatron_hyperp.config import Config
+from megatron_hyperp.data.corpus import python_corpus_paths
 
 VOCABULARY = 64
+# Fields that make a mixture of experts of :func:`toy_config`.
+EXPERTS = {
+    "num_experts": 4,
+    "moe_router_topk": 2,
+    "moe_ffn_hidden_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+}
+# Flags of a small model of the paper's shape, and what makes experts of it, for plans and what is built by them.
+SMALL = "--depth 4 --aspect-ratio 32 --vocab-size 512 --train-iters 1 --global-batch-size 24 --seq-length 64"
+MOE = "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-shared-expert-intermediate-size 64"
+TP2SP = "--tensor-model-parallel-size 2 --sequence-parallel"
 
 
 def write_corpus(folder: Path, *, documents: int = 2000, seed: int = 0, vocabulary: int = VOCABULARY) -> str:
@@ -33,20 +49,15 @@ def write_corpus(folder: Path, *, documents: int = 2000, seed: int = 0, vocabula
 
 
 def write_text_corpus(folder: Path, *, max_bytes: int = 4_000_000) -> str:
-    """Write sources of the installed Python as documents of bytes (vocabulary 256), and return their prefix."""
-    import sysconfig
-
+    """Write Python's own sources as documents of bytes (vocabulary 256), and return their prefix."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
-    prefix, written = str(folder / "text"), 0
+    prefix = str(folder / "text")
     builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
-        content = path.read_bytes()
-        if content and written < max_bytes:
-            builder.add_item(torch.frombuffer(bytearray(content), dtype=torch.uint8).int())
-            builder.end_document()
-            written += len(content)
+    for path in python_corpus_paths(max_bytes=max_bytes):
+        builder.add_item(torch.frombuffer(bytearray(path.read_bytes()), dtype=torch.uint8).int())
+        builder.end_document()
     builder.finalize(prefix + ".idx")
     return prefix
 
@@ -106,3 +117,18 @@ def trained(config: Config) -> tuple[Any, list[dict[str, Any]]]:
 def rows_of_training(config: Config) -> list[dict[str, Any]]:
     """The rows of :func:`trained`."""
     return trained(config)[1]
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """Be a process group of one rank for a while, whatever launched this process."""
+    import torch.distributed as dist
+
+    from megatron_hyperp import device
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RANK", raising=False)
+        device.init_process_group(1)
+    yield
+    dist.destroy_process_group()
+    gc.collect()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from megatron_hyperp import arguments, device
 from megatron_hyperp.model.fp8 import LARGEST, quantized, round_trip, sphere_scale
-from megatron_hyperp.training.logging import METRICS_FILE
+from megatron_hyperp.training.logging import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 Row = dict[str, Any]
@@ -72,7 +71,7 @@ def train(
         trainer = Trainer(config, tokenizer, None)
         trainer.train()
         trainer.close_reports()
-        rows = [json.loads(line) for line in (Path(folder) / METRICS_FILE).read_text().splitlines()]
+        rows = read_metrics(folder)
     errors = weight_errors(trainer.chunks[0], config.optimizer.radius_scale)
     parallel_state.destroy_model_parallel()
     steps = [row for row in rows if "loss" in row]

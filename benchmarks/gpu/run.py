@@ -14,12 +14,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 
 # The benchmarks are no installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.corpus import write_corpus
 from megatron_hyperp import arguments, device, estimate, libraries
 from megatron_hyperp.config import Config
 from megatron_hyperp.errors import UsageError, run_command
@@ -59,25 +59,11 @@ def fitting(config: Config) -> Config | None:
     """Return the resolved config with the fastest recomputation that fits one GPU of this kind; None if none does."""
     if not device.has_cuda():
         return config.resolve()
-    kinds = [gpu for name, gpu in GPUS.items() if name in torch.cuda.get_device_name()]
     memory = torch.cuda.get_device_properties(0).total_memory
-    gpu = dataclasses.replace(kinds[0] if kinds else GPUS["H100"], memory=memory)
+    gpu = dataclasses.replace(device.gpu() or GPUS["H100"], memory=memory)
     with device.planning_for("cuda"):
         found, _ = layouts(config, Cluster(gpu, 1))
     return found[0].config if found else None
-
-
-def write_corpus(folder: Path, vocabulary: int, length: int) -> str:
-    """Write random documents of a sequence each; return their prefix."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    prefix, random = str(folder / "random"), np.random.default_rng(0)
-    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.int32)
-    for _ in range(256):
-        builder.add_item(torch.from_numpy(random.integers(vocabulary, size=length + 1)))
-        builder.end_document()
-    builder.finalize(prefix + ".idx")
-    return prefix
 
 
 def time_steps(config: Config, warm_ups: int, steps: int) -> tuple[float, float, float]:
@@ -88,7 +74,7 @@ def time_steps(config: Config, warm_ups: int, steps: int) -> tuple[float, float,
     from megatron_hyperp.training.loop import Trainer
 
     with tempfile.TemporaryDirectory() as folder:
-        config.data.data_path = [write_corpus(Path(folder), config.model.vocab_size, config.model.seq_length)]
+        config.data.data_path = [write_corpus(Path(folder), config.model.vocab_size)]
         config.logging.run_dir = folder
         if device.has_cuda():
             torch.cuda.reset_peak_memory_stats()

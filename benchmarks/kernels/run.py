@@ -16,7 +16,7 @@ import torch.distributed as dist
 # The benchmarks are no installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.stability_cost.run import write_corpus
+from benchmarks.corpus import write_corpus
 from megatron_hyperp import device
 from megatron_hyperp.arguments import load_yaml
 from megatron_hyperp.config import Config
@@ -135,13 +135,14 @@ def _there_and_back(forward: Case) -> Case:
 
 
 def step_config(length: int, size: int, folder: Path, prefix: str) -> Config:
-    """Return the quickstart's config with another sequence length, of as many tokens a step."""
+    """Return the quickstart's config, unfused, with another sequence length, of as many tokens a step."""
     config = load_yaml(QUICKSTART)
     tokens = config.training.global_batch_size * config.model.seq_length
     config.model.seq_length, config.training.micro_batch_size = length, size
     config.training.global_batch_size, config.training.eval_interval = tokens // length, 0
     config.data.data_path, config.data.tokenizer_model = [prefix], "null:2048"
     config.logging.run_dir, config.logging.quiet = str(folder), True
+    config.training.attention_backend = "local"
     return config.resolve(tokenizer_vocab_size=2048)
 
 
@@ -150,7 +151,7 @@ def step(repeats: int) -> Table:
     yield ["step: sequence", "micro-batch", *COLUMNS]
     for length, size in STEPS:
         with tempfile.TemporaryDirectory() as folder:
-            yield _one_step(step_config(length, size, Path(folder), write_corpus(Path(folder))), repeats)
+            yield _one_step(step_config(length, size, Path(folder), write_corpus(Path(folder), 2048)), repeats)
 
 
 def _one_step(config: Config, repeats: int) -> list[str]:

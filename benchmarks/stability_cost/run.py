@@ -8,12 +8,10 @@ import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
-import torch
-
 # The benchmarks are no installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.corpus import write_corpus
 from megatron_hyperp import device
 from megatron_hyperp.config import Config, DataConfig, LoggingConfig, ModelConfig, MoEConfig, TrainingConfig
 from megatron_hyperp.errors import run_command
@@ -42,19 +40,6 @@ def config_of(name: str, folder: Path, prefix: str) -> Config:
     return config.resolve(tokenizer_vocab_size=VOCABULARY)
 
 
-def write_corpus(folder: Path) -> str:
-    """Write random documents; return their prefix."""
-    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-
-    prefix, random = str(folder / "random"), np.random.default_rng(0)
-    builder = IndexedDatasetBuilder(prefix + ".bin", dtype=np.uint16)
-    for _ in range(2000):
-        builder.add_item(torch.from_numpy(random.integers(VOCABULARY, size=500)))
-        builder.end_document()
-    builder.finalize(prefix + ".idx")
-    return prefix
-
-
 def measure(name: str, repeats: int, folder: Path) -> str:
     """Train a model; return a line with medians."""
     from megatron.core import parallel_state
@@ -63,7 +48,7 @@ def measure(name: str, repeats: int, folder: Path) -> str:
     from megatron_hyperp.training.loop import Trainer
 
     (folder / name).mkdir()
-    config = config_of(name, folder / name, write_corpus(folder))
+    config = config_of(name, folder / name, write_corpus(folder, VOCABULARY))
     trainer = Trainer(config, load_tokenizer(f"null:{VOCABULARY}"), None)
     batches = trainer._batches(trainer.train_set, 0)
     spent: dict[bool, list[float]] = {False: [], True: []}

@@ -1,1 +1,1 @@
-"""From text to batches: tokenizers, preprocessing to Megatron's indexed format, and the data loader."""
+"""From text to batches: tokenizers, preprocessing to Megatron's indexed format, datasets and batches."""

@@ -25,7 +25,7 @@ class HyperPMoELayer(MoELayer):  # type: ignore[misc]  # Megatron-Core has no ty
         return math.sqrt(0.5) * (routed + shared_expert_output)
 
 
-def with_sqrt_gate(spec: ModuleSpec, *, gate: str, balance: Balance, grouped_here: bool = True) -> ModuleSpec:
+def with_sqrt_gate(spec: ModuleSpec, *, gate: str, balance: Balance, grouped_here: bool) -> ModuleSpec:
     """Turn Megatron-Core's spec of a mixture-of-experts block into ours, in place.
 
     Args:

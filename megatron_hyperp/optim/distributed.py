@@ -108,10 +108,7 @@ class HyperPOptimizer(MegatronOptimizer):
 
     def _squared_norms(self) -> list[torch.Tensor]:
         """Return ||W||^2 of the global matrices of every family on the sphere."""
-        squares = [
-            (family.master * family.master).sum(dim=(1, 2), dtype=torch.float64)[:, None]
-            for family in self._on_sphere()
-        ]
+        squares = [sphere.dots(family.master, family.master)[:, None] for family in self._on_sphere()]
         return [value[:, 0] for value in self._sum_over_parts(squares, width=1)]
 
     def _sum_over_parts(self, values: list[torch.Tensor], *, width: int, on_sphere: bool = True) -> list[torch.Tensor]:

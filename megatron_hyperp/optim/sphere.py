@@ -37,15 +37,21 @@ def sphere_radius(role: str, shape: tuple[int, ...], *, radius_scale: float, out
 def inner_products(weights: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
     """Return [count, 3] in float64: ||W||^2, <W, U> and ||U||^2 of each matrix, or of the local part of it.
 
-    Rows are summed in the precision of the matrices, and the sums of rows in float64: a copy of all elements in float64
-    takes three times as long, for an error of 1e-10 in place of 3e-9.
-
     Args:
         weights: [count, rows, columns].
         directions: the same shape.
     """
     pairs = ((weights, weights), (weights, directions), (directions, directions))
-    return torch.stack([torch.linalg.vecdot(x, y).sum(dim=1, dtype=torch.float64) for x, y in pairs], dim=1)
+    return torch.stack([dots(x, y) for x, y in pairs], dim=1)
+
+
+def dots(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Return [count] float64: <X, Y> of each pair of matrices [count, rows, columns].
+
+    Rows are summed in the precision of the matrices, and the sums of rows in float64: a copy of all elements in float64
+    takes three times as long on CPU, for a relative error of 1e-10 in place of 3e-9.
+    """
+    return torch.linalg.vecdot(x, y).sum(dim=1, dtype=torch.float64)
 
 
 def move_of(products: torch.Tensor, *, radii: torch.Tensor, lr: float) -> torch.Tensor:
@@ -88,7 +94,7 @@ def relative_drift(
 ) -> torch.Tensor:
     """Return [count] float64: | ||W||/R - 1 | for each matrix; ``squared_norms`` replaces the local ||W||^2."""
     if squared_norms is None:
-        squared_norms = (weights * weights).sum(dim=(1, 2), dtype=torch.float64)
+        squared_norms = dots(weights, weights)
     return (squared_norms.sqrt() / radii - 1.0).abs()
 
 

@@ -12,13 +12,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_hyperp import device, estimate, libraries
-from megatron_hyperp.config import Config, data_parallel_size, micro_batches
-from megatron_hyperp.data import loader
+from megatron_hyperp import device
+from megatron_hyperp.config import Config, micro_batches
+from megatron_hyperp.data import batches as micro
+from megatron_hyperp.data.datasets import build_datasets
 from megatron_hyperp.errors import EXIT_STOPPED, LostRankError, UsageError
 from megatron_hyperp.training import checkpointing, heartbeats
 from megatron_hyperp.training.alarms import ACTIONS, Alarms
 from megatron_hyperp.training.checkpointing import Progress
+from megatron_hyperp.training.compatibility import changed_settings, is_of_run
+from megatron_hyperp.training.description import describe
 from megatron_hyperp.training.forward import Batches, forward_step
 from megatron_hyperp.training.logging import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, Console, MetricsWriter
 from megatron_hyperp.training.meter import Meter
@@ -50,7 +53,7 @@ def pretrain(config: Config, *, world_size: int) -> int:
     device.init_process_group(config.parallel.distributed_timeout_minutes)
     if dist.get_rank() == 0:
         heartbeats.clear(config.logging.run_dir)
-    agree(resume_from)
+    agree(config, resume_from)
     trainer = Trainer(config, tokenizer, resume_from)
     with trainer.stop_requests.listening(), trainer.heartbeats.beating():
         try:
@@ -91,7 +94,8 @@ class Trainer:
         self.phases = Phases()
         self.console = Console(active=self.rank == 0, total=config.training.train_iters, quiet=config.logging.quiet)
         initialize_megatron(config)
-        self._announce()
+        for line in describe(config, self.world_size):
+            self.console.print(line)
         self.balance, self.scales = build_balance(config), build_scales(config)
         self.chunks, self.optimizer = build(config, self.balance, self.scales, log=self.console.print)
         self.stability = Stability(config, self.chunks, self.optimizer, self.balance)
@@ -131,10 +135,10 @@ class Trainer:
             )
             self.scheduler.step(self.progress.iteration)
             self.console.print(f"resumed from {resume_from} at iteration {self.progress.iteration}")
-            for line in checkpointing.changed_settings(resume_from, config):
+            for line in changed_settings(resume_from, config):
                 self.console.print(f"note: {line}")
         self._build_data(tokenizer)
-        continued = resume_from is not None and checkpointing.is_of_run(resume_from, config)
+        continued = resume_from is not None and is_of_run(resume_from, config)
         self.writer = MetricsWriter(config, active=self.rank == 0, fresh=not continued, run_id=run_id)
         if self.rank == 0:
             checkpointing.write_run_config(config)
@@ -154,43 +158,10 @@ class Trainer:
         ]:
             setattr(owner, name, around(getattr(owner, name)))
 
-    def _announce(self) -> None:
-        config, model, parallel = self.config, self.config.model, self.config.parallel
-        self.console.print(f"megatron-hyperp on {self.world_size} x {device.describe()}")
-        self.console.print(libraries.describe(config))
-        self.console.print(
-            f"model: {estimate.parameter_count(model, config.moe):,} parameters, {model.num_layers} layers, width"
-            f" {model.hidden_size}, FFN {model.ffn_hidden_size}, {model.num_attention_heads} heads of"
-            f" {model.kv_channels} in {model.num_query_groups} groups, vocabulary {model.vocab_size}"
-        )
-        if config.moe.num_experts:
-            self._announce_experts()
-        self.console.print(
-            f"layout: TP {parallel.tensor_model_parallel_size} x PP {parallel.pipeline_model_parallel_size} x DP"
-            f" {data_parallel_size(config, self.world_size)}; {config.training.train_iters} iterations of"
-            f" {config.batch_tokens:,} tokens"
-        )
-        self.console.print(config.learning_rate().describe())
-        self.console.print(
-            f"residual multiplier {model.residual_multiplier:.4g}, attention scale {model.softmax_scale:.4g},"
-            f" weight decay {config.optimizer.weight_decay:g}, {config.optimizer.lr_decay_style} decay to"
-            f" {config.optimizer.min_lr:.3g}"
-        )
-
-    def _announce_experts(self) -> None:
-        moe, parallel = self.config.moe, self.config.parallel
-        shared = moe.moe_shared_expert_intermediate_size
-        self.console.print(
-            f"experts: {moe.moe_router_topk} of {moe.num_experts} per token, FFN {moe.moe_ffn_hidden_size}"
-            + (f", and a shared one of {shared}" if shared else "")
-            + f"; {moe.moe_gate} gate; {estimate.parameter_count(self.config.model, moe, active=True):,} active"
-            f" parameters; EP {parallel.expert_model_parallel_size} x expert TP {parallel.expert_tensor_parallel_size}"
-        )
-
     def _build_data(self, tokenizer: Any) -> None:
         data, training = self.config.data, self.config.training
         evaluation = training.eval_iters if training.eval_interval else 0
-        self.train_set, self.valid_set, _ = loader.build_datasets(
+        self.train_set, self.valid_set, _ = build_datasets(
             data_path=data.data_path,
             split=data.split,
             seq_length=self.config.model.seq_length,
@@ -211,7 +182,7 @@ class Trainer:
 
         return [
             iter(
-                loader.batches(
+                micro.batches(
                     dataset,
                     consumed_samples=consumed_samples,
                     micro_batch_size=self.config.training.micro_batch_size,

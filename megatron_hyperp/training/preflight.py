@@ -9,12 +9,13 @@ import torch.distributed as dist
 
 from megatron_hyperp import device, libraries
 from megatron_hyperp.config import Config
-from megatron_hyperp.data import loader
+from megatron_hyperp.data.datasets import parse_blend
 from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.orthogonalize import check_backend
 from megatron_hyperp.training import alarms, checkpointing, profiling
+from megatron_hyperp.training.compatibility import check_compatible
 
 
 def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
@@ -51,7 +52,7 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
         check_backend(options.ns_backend, dtype)
     except UsageError as error:
         raise UsageError(f"--ns-backend {options.ns_backend}: {error}") from error
-    for _, prefix in loader.parse_blend(config.data.data_path):
+    for _, prefix in parse_blend(config.data.data_path):
         check_prefix(prefix)
         check_vocabulary(prefix, config.model.vocab_size)
     checkpointing.check_writable(config.logging.run_dir, "--run-dir")
@@ -75,7 +76,8 @@ def check_reports(config: Config, world_size: int) -> None:
 def _check_layers(config: Config) -> None:
     """See that the layers asked for can run here, in the precision asked for.
 
-    Megatron-Core itself would train without FP8 where it cannot run, and say nothing.
+    Megatron-Core itself would train without FP8 where it cannot run, and say nothing. What one node with GPUs lacks,
+    another may have: there each rank says so itself.
     """
     training = config.training
     libraries.implementation(config)
@@ -84,7 +86,8 @@ def _check_layers(config: Config) -> None:
         if lacking:
             raise UsageError(
                 f"--fp8-format {training.fp8_format} with --fp8-recipe {training.fp8_recipe} needs {lacking}; give"
-                " --fp8-emulation for the same numerics in emulation, or leave it out"
+                " --fp8-emulation for the same numerics in emulation, or leave it out",
+                same_on_all_ranks=not device.has_cuda(),
             )
 
 
@@ -108,13 +111,13 @@ def _check_kernels(config: Config) -> None:
             raise UsageError(
                 f"--cross-entropy-loss-fusion with --cross-entropy-fusion-impl {training.cross_entropy_fusion_impl}"
                 f" needs {lacking}; {ways}",
-                same_on_all_ranks=True,
+                same_on_all_ranks=not device.has_cuda(),
             )
     if training.gradient_accumulation_fusion and (lacking := libraries.lacks(libraries.ACCUMULATION_FUSION)):
         raise UsageError(
             f"--gradient-accumulation-fusion needs {lacking}; build NVIDIA's apex from source with --cpp_ext and"
             " --cuda_ext (not PyPI's), take an NGC image, or leave it out",
-            same_on_all_ranks=True,
+            same_on_all_ranks=not device.has_cuda(),
         )
 
 
@@ -128,22 +131,33 @@ def _checkpoint_to_load(config: Config) -> Path | None:
     if save is not None:
         checkpointing.check_save_folder(save, folder)
     if folder is not None:
-        checkpointing.check_compatible(folder, config)
+        check_compatible(folder, config)
     return folder
 
 
-def agree(resume_from: Path | None) -> None:
-    """See that every rank found the same checkpoint, before those that did wait for those that did not.
+def agree(config: Config, resume_from: Path | None) -> None:
+    """See that every rank found the same checkpoint and chose the same layers; a collective call.
+
+    Ranks that found none would wait for those that did; layers that each node chooses by what is installed there differ
+    in the order of their gradients, which would meet others' in one reduction.
 
     Raises:
-        UsageError: some ranks see another one or none: the folder is not shared.
+        UsageError: some ranks see another checkpoint or none (the folder is not shared), or choose other layers.
     """
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, resume_from.name if resume_from else "none")
-    if len(set(found)) > 1:
-        other = next(rank for rank, name in enumerate(found) if name != found[0])
+    found: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
+    dist.all_gather_object(found, (resume_from.name if resume_from else "none", libraries.describe(config)))
+    other = next((rank for rank, mine in enumerate(found) if mine != found[0]), None)
+    if other is None:
+        return
+    (checkpoint, layers), (other_checkpoint, other_layers) = found[0], found[other]
+    if checkpoint != other_checkpoint:
         raise UsageError(
-            f"rank 0 finds the checkpoint {found[0]} and rank {other} {found[other]}; --load and --save must name a"
-            " folder that all nodes share",
+            f"rank 0 finds the checkpoint {checkpoint} and rank {other} {other_checkpoint}; --load and --save must name"
+            " a folder that all nodes share",
             same_on_all_ranks=True,
         )
+    raise UsageError(
+        f"rank 0 has {layers}, and rank {other} {other_layers}; install the same on all nodes, or give"
+        " --transformer-impl local and --no-gradient-accumulation-fusion",
+        same_on_all_ranks=True,
+    )

@@ -8,15 +8,9 @@ from typing import Any
 import pytest
 
 from tests.run_distributed import run_distributed
-from tests.toy import rows_of_training, toy_config, write_corpus
+from tests.toy import EXPERTS, rows_of_training, toy_config, write_corpus
 
 FP8 = {"fp8_format": "hybrid", "fp8_emulation": True}
-EXPERTS = {
-    "num_experts": 4,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 32,
-    "moe_shared_expert_intermediate_size": 32,
-}
 ALONE: dict[str, dict[str, Any]] = {
     "none": {},
     "tensorwise": FP8,

@@ -12,18 +12,12 @@ import torch
 
 from megatron_hyperp.training.logging import read_metrics
 from tests.run_distributed import free_port, run_distributed
-from tests.toy import toy_config, trained, write_corpus
+from tests.toy import EXPERTS, toy_config, trained, write_corpus
 
 ITERATIONS = 8
 DELAYED = {"fp8_format": "hybrid", "fp8_emulation": True, "fp8_recipe": "delayed"}
 # Long enough for the first step to stay.
 HISTORY = {**DELAYED, "fp8_amax_history_len": 16, "fp8_amax_compute_algo": "max"}
-EXPERTS = {
-    "num_experts": 4,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 32,
-    "moe_shared_expert_intermediate_size": 32,
-}
 ALONE: dict[str, dict[str, Any]] = {
     "none": {},
     "delayed": DELAYED,

@@ -12,7 +12,7 @@ import torch
 
 from tests import tolerances
 from tests.run_distributed import run_distributed
-from tests.toy import rows_of_training, toy_config, write_corpus
+from tests.toy import EXPERTS, rows_of_training, toy_config, write_corpus
 
 ITERATIONS = 10
 UNFUSED = {"attention_backend": "local"}
@@ -23,12 +23,6 @@ TIED = {"untie_embeddings_and_output_weights": False}
 TP2SP = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 30000}
-EXPERTS = {
-    "num_experts": 4,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 32,
-    "moe_shared_expert_intermediate_size": 32,
-}
 WATCHED = {"stability_interval": ITERATIONS}
 ALONE: dict[str, dict[str, Any]] = {
     "plain": WATCHED,
@@ -196,3 +190,24 @@ def test_every_linear_layer_uses_the_kernel(
     title: str, linear_layers: int, micro_batches: int, trained: Results
 ) -> None:
     assert trained[title]["calls"] == linear_layers * micro_batches * ITERATIONS
+
+
+def disagree() -> str:
+    """Let two ranks find other layers; return what is said of it."""
+    from megatron_hyperp import device, libraries
+    from megatron_hyperp.config import Config
+    from megatron_hyperp.errors import UsageError
+    from megatron_hyperp.training.preflight import agree
+
+    device.init_process_group(1)
+    agree(Config(), None)
+    libraries.describe = lambda config: f"layers: kind {torch.distributed.get_rank()}"
+    with pytest.raises(UsageError) as caught:
+        agree(Config(), None)
+    assert caught.value.same_on_all_ranks
+    return str(caught.value)
+
+
+def test_ranks_with_other_layers_do_not_train_together() -> None:
+    for said in run_distributed(disagree, 2):
+        assert said.startswith("rank 0 has layers: kind 0, and rank 1 layers: kind 1; install the same on all nodes")

@@ -9,15 +9,9 @@ from typing import Any
 import pytest
 
 from tests.run_distributed import run_distributed
-from tests.toy import rows_of_training, toy_config, write_corpus
+from tests.toy import EXPERTS, rows_of_training, toy_config, write_corpus
 
 COMMON = {"train_iters": 2, "stability_interval": 1, "num_layers": 4}
-EXPERTS = {
-    "num_experts": 4,
-    "moe_router_topk": 2,
-    "moe_ffn_hidden_size": 32,
-    "moe_shared_expert_intermediate_size": 32,
-}
 ADAMW = {"optimizer": "adamw", "lr": 0.003}
 TP2 = {"tensor_model_parallel_size": 2}
 TP2SP = {**TP2, "sequence_parallel": True}

@@ -12,9 +12,9 @@ import pytest
 
 from megatron_hyperp.training.logging import read_metrics
 from tests import tolerances
-from tests.layers import EXPERTS, Cases, Rows, losses, recipes_entered, train_all, train_and_save
+from tests.layers import Cases, Rows, losses, recipes_entered, train_all, train_and_save
 from tests.run_distributed import run_distributed
-from tests.toy import write_corpus
+from tests.toy import EXPERTS, write_corpus
 
 RUN = {"train_iters": 10, "stability_interval": 5, "quiet": True}
 FP8 = {**RUN, "fp8_format": "hybrid"}

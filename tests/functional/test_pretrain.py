@@ -16,7 +16,7 @@ import pytest
 
 from megatron_hyperp import arguments
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.training import checkpointing
+from megatron_hyperp.training import compatibility
 from megatron_hyperp.training.checkpointing import TRACKER, _drop_old, find_checkpoint
 from megatron_hyperp.training.logging import read_metrics
 from tests import tolerances
@@ -226,7 +226,7 @@ def test_changed_settings_are_told(straight: Path, workspace: Path) -> None:
     config = arguments.load_yaml(workspace / "config.yaml").resolve()
     config.training.seed, config.optimizer.clip_grad, config.optimizer.adam_eps = 7, 0.5, 1e-6
     config.training.micro_batch_size, config.data.num_workers = 4, 3
-    assert checkpointing.changed_settings(folder, config) == [
+    assert compatibility.changed_settings(folder, config) == [
         "clip_grad was 1.0 in the checkpoint and is now 0.5",
         "adam_eps was 1e-08 in the checkpoint and is now 1e-06",
         "seed was 1234 in the checkpoint and is now 7",

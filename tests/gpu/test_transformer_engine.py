@@ -15,9 +15,9 @@ import pytest
 
 from megatron_hyperp import libraries
 from megatron_hyperp.training.logging import read_metrics
-from tests.layers import EXPERTS, Cases, first_gradients, losses, train_all, train_and_save
+from tests.layers import Cases, first_gradients, losses, train_all, train_and_save
 from tests.run_distributed import run_distributed
-from tests.toy import write_text_corpus
+from tests.toy import EXPERTS, write_text_corpus
 
 LACKING = libraries.lacks(libraries.TRANSFORMER_ENGINE)
 pytestmark = pytest.mark.skipif(LACKING is not None, reason=f"needs {LACKING}")

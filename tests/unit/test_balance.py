@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_hyperp import device
 from megatron_hyperp.moe.balance import Balance
 from megatron_hyperp.moe.sqrt_gate import sqrt_gate
+from tests.toy import one_rank
 
 TOKENS, EXPERTS, TOPK, LAYERS = 24, 6, 2, 3
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_rank() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RANK", raising=False)
-        device.init_process_group(1)
-    yield
-    dist.destroy_process_group()
-    gc.collect()
+    with one_rank():
+        yield
 
 
 @pytest.fixture(autouse=True)

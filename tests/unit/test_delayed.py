@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 from collections.abc import Iterator
 from typing import Literal
@@ -11,9 +10,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_hyperp import device
 from megatron_hyperp.model.delayed import ROLES, DelayedEmulation, DelayedScales
 from megatron_hyperp.model.fp8 import LARGEST, Fp8Recipe, round_trip
+from tests.toy import one_rank
 
 RECIPE = Fp8Recipe("e5m2")
 AMAXES = [3.0, 7.0, 2.0, 1.0, 5.0, 0.5, 0.25]
@@ -21,12 +20,8 @@ AMAXES = [3.0, 7.0, 2.0, 1.0, 5.0, 0.5, 0.25]
 
 @pytest.fixture(scope="module", autouse=True)
 def _one_rank() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("RANK", raising=False)
-        device.init_process_group(1)
-    yield
-    dist.destroy_process_group()
-    gc.collect()
+    with one_rank():
+        yield
 
 
 def one_tensor(length: int = 1, algo: Literal["most_recent", "max"] = "most_recent", margin: int = 0) -> DelayedScales:

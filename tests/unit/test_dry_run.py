@@ -14,6 +14,7 @@ from megatron_hyperp.hardware import GPUS
 from megatron_hyperp.planning.layouts import Cluster, layouts
 from megatron_hyperp.planning.plan import with_vocabulary
 from tests.run_distributed import run_distributed
+from tests.toy import MOE, SMALL, TP2SP
 
 FOLDER = Path(__file__).parents[2] / "examples" / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -21,9 +22,6 @@ WORLDS = (8, 64, 256, 1024)
 # The smallest and the largest of the paper's models; the planner takes seconds for each model on many GPUs.
 ENDS = ("dense_d8", "dense_d24", "moe_d8", "moe_d24")
 
-SMALL = "--depth 4 --aspect-ratio 32 --vocab-size 512 --train-iters 1 --global-batch-size 24 --seq-length 64"
-MOE = "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-shared-expert-intermediate-size 64"
-TP2SP = "--tensor-model-parallel-size 2 --sequence-parallel"
 LAYOUTS = {
     "one rank": (1, "--bf16 --momentum-dtype bf16"),
     "one rank, tied, components": (1, "--no-untie-embeddings-and-output-weights --matrix-split component"),

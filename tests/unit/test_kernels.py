@@ -115,10 +115,10 @@ def test_attention_is_fused_unless_it_is_recomputed(monkeypatch: pytest.MonkeyPa
     assert libraries.attention(parse(flags).resolve(tokenizer_vocab_size=64)) == expected
 
 
-def refusal(flags: str) -> str:
+def refusal(flags: str, *, everywhere: bool = True) -> str:
     with pytest.raises(UsageError) as caught:
         preflight.check(parse(flags), world_size=1)
-    assert caught.value.same_on_all_ranks
+    assert caught.value.same_on_all_ranks is everywhere
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -140,6 +140,16 @@ def refusal(flags: str) -> str:
             "--cross-entropy-loss-fusion with --cross-entropy-fusion-impl te needs CUDA; install TransformerEngine,"
             " give native, or leave it out",
         ),
+        (
+            "--fp8-format hybrid",
+            "--fp8-format hybrid with --fp8-recipe tensorwise needs CUDA; give --fp8-emulation for the same numerics in"
+            " emulation, or leave it out",
+        ),
+        (
+            "--transformer-impl transformer_engine",
+            "--transformer-impl transformer_engine needs CUDA; give local, or leave it out; to install it: pip install"
+            " megatron-hyperp[gpu]",
+        ),
     ],
 )
 def test_kernels_of_cuda_are_refused_on_cpu(monkeypatch: pytest.MonkeyPatch, flags: str, message: str) -> None:
@@ -152,12 +162,14 @@ def test_kernels_of_cuda_are_refused_on_cpu(monkeypatch: pytest.MonkeyPatch, fla
     [
         ("--gradient-accumulation-fusion", APEX),
         ("--cross-entropy-loss-fusion --cross-entropy-fusion-impl te", libraries.CROSS_ENTROPY),
+        ("--fp8-format hybrid", libraries.TRANSFORMER_ENGINE),
+        ("--transformer-impl transformer_engine", libraries.TRANSFORMER_ENGINE),
     ],
 )
 def test_what_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch, flags: str, name: str) -> None:
     cuda(monkeypatch)
     break_import(monkeypatch, name, ImportError("not there"))
-    assert f"needs {name}, which cannot be imported (not there); " in refusal(flags)
+    assert f"needs {name}, which cannot be imported (not there); " in refusal(flags, everywhere=False)
 
 
 def test_heads_that_flash_attention_does_not_take_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,9 @@ from megatron_hyperp.config import Config
 from megatron_hyperp.planning.activations import activation_bytes, layer_bytes
 from megatron_hyperp.planning.memory import holdings, stage_memory
 from tests.run_distributed import run_distributed
+from tests.toy import MOE, SMALL, TP2SP
 
-SMALL = "--depth 4 --aspect-ratio 32 --vocab-size 512 --train-iters 1 --global-batch-size 24 --seq-length 64"
-MOE = "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 64 --moe-shared-expert-intermediate-size 64"
 UNFUSED = "--attention-backend local"
-TP2SP = "--tensor-model-parallel-size 2 --sequence-parallel"
 STATES = {
     "one rank": (1, ""),
     "bf16": (1, "--bf16 --momentum-dtype bf16"),

@@ -12,7 +12,8 @@ from megatron_hyperp import arguments, device
 from megatron_hyperp.config import Config
 from megatron_hyperp.errors import EXIT_USAGE, UsageError, run_command
 from megatron_hyperp.optim.orthogonalize import check_backend
-from megatron_hyperp.training import checkpointing, preflight
+from megatron_hyperp.training import compatibility, preflight
+from megatron_hyperp.training.logging import CONFIG_FILE
 
 SMALL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --vocab-size 64 --seq-length 16"
@@ -95,12 +96,12 @@ def test_a_negative_bucket_size_is_refused() -> None:
 
 def checkpoint_of(folder: Path, flags: str) -> Path:
     """A checkpoint's folder, as far as its config goes."""
-    (folder / checkpointing.CONFIG_FILE).write_text(arguments.to_yaml(parse(f"{SMALL} {flags}").resolve()))
+    (folder / CONFIG_FILE).write_text(arguments.to_yaml(parse(f"{SMALL} {flags}").resolve()))
     return folder
 
 
 def check(folder: Path, flags: str) -> None:
-    checkpointing.check_compatible(folder, parse(f"{SMALL} {flags}").resolve())
+    compatibility.check_compatible(folder, parse(f"{SMALL} {flags}").resolve())
 
 
 @pytest.mark.parametrize("optimizer", ["hyperp", "muonh"])
@@ -121,16 +122,16 @@ def test_off_the_sphere_another_split_is_only_told(tmp_path: Path) -> None:
     folder = checkpoint_of(tmp_path, "--optimizer muon")
     check(folder, "--optimizer muon --matrix-split head")
     now = parse(f"{SMALL} --optimizer muon --matrix-split head").resolve()
-    assert checkpointing.changed_settings(folder, now) == ["matrix_split was fused in the checkpoint and is now head"]
+    assert compatibility.changed_settings(folder, now) == ["matrix_split was fused in the checkpoint and is now head"]
 
 
 def test_how_ranks_share_work_is_no_change_of_course(tmp_path: Path) -> None:
     folder = checkpoint_of(tmp_path, "")
     elsewhere = "--overlap-grad-reduce --overlap-param-gather --ddp-bucket-size 1000 --ns-backend quack"
     check(folder, elsewhere)
-    assert checkpointing.changed_settings(folder, parse(f"{SMALL} {elsewhere}").resolve()) == []
+    assert compatibility.changed_settings(folder, parse(f"{SMALL} {elsewhere}").resolve()) == []
     rounded = parse(f"{SMALL} --momentum-dtype bf16").resolve()
-    assert checkpointing.changed_settings(folder, rounded) == [
+    assert compatibility.changed_settings(folder, rounded) == [
         "momentum_dtype was fp32 in the checkpoint and is now bf16"
     ]
 

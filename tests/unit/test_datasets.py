@@ -16,9 +16,10 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_hyperp.data.batches import Batch, SampleDataset, batches
 from megatron_hyperp.data.corpus import Document
+from megatron_hyperp.data.datasets import Datasets, build_datasets, parse_blend
 from megatron_hyperp.data.indexed import write_corpus
-from megatron_hyperp.data.loader import Batch, Datasets, SampleDataset, batches, build_datasets, parse_blend
 from megatron_hyperp.data.tokenizer import NullTokenizer
 from megatron_hyperp.errors import UsageError
 
@@ -331,7 +332,8 @@ RANK_SCRIPT = """
 import sys, warnings
 warnings.simplefilter("ignore")
 import torch
-from megatron_hyperp.data.loader import batches, build_datasets
+from megatron_hyperp.data.batches import batches
+from megatron_hyperp.data.datasets import build_datasets
 from megatron_hyperp.data.tokenizer import NullTokenizer
 
 rank, store, output, data_path = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]

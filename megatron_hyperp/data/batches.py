@@ -1,0 +1,114 @@
+"""Micro-batches of one data-parallel rank, in an order that depends on no layout and goes on where a run stopped."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from megatron_hyperp.errors import UsageError
+
+Batch = dict[str, torch.Tensor]
+SampleDataset = Dataset[Batch]
+
+_BATCH_KEYS = ("tokens", "labels", "loss_mask", "position_ids", "attention_mask")
+
+
+class _RankBatchSampler(Sampler[list[int]]):
+    """The sample numbers of one rank's micro-batches, as long as there are samples for all ranks."""
+
+    def __init__(self, first: int, last: int, micro_batch_size: int, rank: int, size: int) -> None:
+        self._starts = range(first + rank * micro_batch_size, last, size * micro_batch_size)
+        self._length = max(0, last - first) // (size * micro_batch_size)
+        self._micro_batch_size = micro_batch_size
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self._starts[: self._length]:
+            yield list(range(start, start + self._micro_batch_size))
+
+
+def batches(
+    dataset: SampleDataset,
+    *,
+    micro_batch_size: int,
+    consumed_samples: int = 0,
+    num_batches: int | None = None,
+    data_parallel_rank: int = 0,
+    data_parallel_size: int = 1,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Yield the micro-batches of one data-parallel rank, in dataset order.
+
+    A global batch is the next samples of the dataset whatever the layout: micro-batch ``m`` of rank ``r`` begins at
+    sample ``consumed_samples + (m * data_parallel_size + r) * micro_batch_size``. A run that resumes from its consumed
+    samples sees the batches it would have seen; an evaluation that starts from 0 each time sees the same ones.
+
+    Args:
+        dataset: one of :func:`megatron_hyperp.data.datasets.build_datasets`.
+        micro_batch_size: samples per batch.
+        consumed_samples: samples that all ranks together have drawn before.
+        num_batches: end after this many batches; otherwise go on as long as the dataset lasts.
+        data_parallel_rank: this rank.
+        data_parallel_size: number of data-parallel ranks.
+        num_workers: loading processes; 0 loads in this process. The batches are the same.
+        pin_memory: put the batches into page-locked memory, for a faster copy to a GPU.
+
+    Returns:
+        Dictionaries of ``tokens``, ``labels``, ``position_ids`` (int64) and ``loss_mask`` (float32), each
+        ``[micro_batch_size, seq_length]``, and of ``attention_mask`` where the dataset makes one.
+
+    Raises:
+        UsageError: when the dataset has too few samples for ``num_batches``, or, from the iterator, for another batch.
+    """
+    length = len(dataset)  # type: ignore[arg-type]
+    stride = micro_batch_size * data_parallel_size
+    last = length if num_batches is None else consumed_samples + num_batches * stride
+    if last > length:
+        raise _exhausted(length, consumed_samples, num_batches)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_RankBatchSampler(
+            consumed_samples, last, micro_batch_size, data_parallel_rank, data_parallel_size
+        ),
+        collate_fn=_collate,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_the_rank,
+        # Without one of its own a loader draws a seed from the global generator, and every evaluation would change the
+        # random numbers of training.
+        generator=torch.Generator(),
+    )
+    return _until_exhausted(loader, length, consumed_samples, ends=num_batches is not None)
+
+
+def _leave_signals_to_the_rank(_: int) -> None:
+    """Let a data-loading process live on when its rank is asked to stop: launchers signal a rank's children, too."""
+    signal.set_wakeup_fd(-1)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _until_exhausted(loader: DataLoader[Batch], length: int, consumed_samples: int, *, ends: bool) -> Iterator[Batch]:
+    yield from loader
+    if not ends:
+        raise _exhausted(length, consumed_samples, None)
+
+
+def _exhausted(length: int, consumed_samples: int, num_batches: int | None) -> UsageError:
+    wanted = "another batch is" if num_batches is None else f"{num_batches} batches are"
+    return UsageError(
+        f"the dataset holds {length} samples and {wanted} asked for after {consumed_samples} consumed ones; "
+        "build it with more samples or take fewer steps",
+        same_on_all_ranks=True,
+    )
+
+
+def _collate(samples: list[Batch]) -> Batch:
+    """Stack samples; the keys that a blend adds are left out."""
+    return {key: torch.stack([sample[key] for sample in samples]) for key in _BATCH_KEYS if key in samples[0]}
