@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_hyperp.errors import UsageError
@@ -26,3 +29,29 @@ def write_atomically(path: Path, content: str | bytes, *, remedy: str = "choose 
         os.replace(temporary, path)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}; {remedy}") from error
+
+
+@contextmanager
+def finished_folder(path: Path, flag: str = "--output") -> Iterator[Path]:
+    """Yield a folder to fill, which takes its name only when the block ends well; otherwise nothing is left of it.
+
+    Args:
+        path: the folder to come; it must not be there, or be empty.
+        flag: that names it.
+
+    Raises:
+        UsageError: it is there and holds something, or cannot be written.
+    """
+    partial = path.with_name(f"partial_{os.getpid()}_{path.name}")
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UsageError(f"{flag} {path} is there already; name a new folder, or remove that one")
+        partial.mkdir(parents=True)
+        yield partial
+        if path.exists():
+            path.rmdir()
+        os.replace(partial, path)
+    except OSError as error:
+        raise UsageError(f"{flag} {path} cannot be written: {error.strerror or error}; name another folder") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

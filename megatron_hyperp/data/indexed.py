@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import os
 import struct
-import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,8 +22,7 @@ from megatron_hyperp.data.corpus import Document
 from megatron_hyperp.data.encoding import encode
 from megatron_hyperp.data.tokenizer import Tokenizer
 from megatron_hyperp.errors import UsageError
-
-_SECONDS_BETWEEN_LINES = 10.0
+from megatron_hyperp.progress import ProgressBar
 
 # The .idx file: magic, version, dtype code, number of sequences, number of document boundaries; then the length of
 # every sequence (int32), its byte offset in the .bin (int64), and the document boundaries (int64).
@@ -127,44 +125,26 @@ def _open_builder(files: tuple[Path, Path], vocab_size: int) -> Iterator[Any]:
         idx_temporary.unlink(missing_ok=True)
 
 
-class _Progress:
-    """Counts documents and bytes of input, and shows them: a bar on a terminal, else a line now and then."""
+class _Progress(ProgressBar):
+    """Counts documents and bytes of input, and shows them."""
 
     def __init__(self, total_bytes: int | None) -> None:
+        super().__init__(total_bytes, self._in_words)
         self._total_bytes = total_bytes
         self._documents = 0
         self._source_bytes = 0
-        self._started = self._printed = time.monotonic()
-        self._bar: Any = None
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-            self._bar = Progress(*columns, console=Console(stderr=True))
-            self._task = self._bar.add_task("", total=total_bytes)
 
     def __enter__(self) -> _Progress:
-        if self._bar is not None:
-            self._bar.start()
+        super().__enter__()
         return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
 
     def advance(self, documents: int, source_bytes: int) -> None:
         self._documents += documents
         self._source_bytes += source_bytes
-        now = time.monotonic()
-        if self._bar is not None:
-            self._bar.update(self._task, completed=self._source_bytes, description=self._describe(now - self._started))
-        elif now - self._printed >= _SECONDS_BETWEEN_LINES:
-            self._printed = now
-            print(self._describe(now - self._started), file=sys.stderr, flush=True)
+        self.update(self._source_bytes)
 
-    def _describe(self, seconds: float) -> str:
-        megabytes = self._source_bytes / 1e6
+    def _in_words(self, source_bytes: int, seconds: float) -> str:
+        megabytes = source_bytes / 1e6
         whole = f" of {self._total_bytes / 1e6:,.1f}" if self._total_bytes else ""
         return (
             f"{self._documents:,} documents, {megabytes:,.1f}{whole} MB "

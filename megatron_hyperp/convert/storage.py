@@ -1,0 +1,289 @@
+"""Read a torch_dist checkpoint tensor by tensor: one process, no process group, one slab in memory.
+
+In such a checkpoint the layers of a model are stacked: ``decoder.layers.mlp.linear_fc2.weight`` is [layers, d_out,
+d_in], an expert's weight [layers, experts, d_out, d_in]. A *slab* is what one layer, or one expert of it, has of that.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_hyperp.convert.pickles import load_metadata, load_values
+from megatron_hyperp.errors import UsageError
+
+LAYERS, EXPERTS = "decoder.layers.", ".experts.experts."
+OPTIMIZER_STATE = "optimizer.state."
+COMMON_FILE, METADATA_FILE, FORMAT_FILE = "common.pt", ".metadata", "metadata.json"
+# What Megatron-Core's reader of this format asks of the file beside the metadata.
+FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+def stacked_axes(key: str) -> int:
+    """How many leading axes of a tensor count layers and experts."""
+    if LAYERS not in key:
+        return 0
+    return 2 if EXPERTS in key else 1
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Slab:
+    """A tensor of the model, or what one layer or expert has of it.
+
+    Attributes:
+        key: the tensor's name in the checkpoint.
+        at: layer, and expert, if the tensor has such axes.
+    """
+
+    key: str
+    at: tuple[int, ...] = ()
+
+    def __str__(self) -> str:
+        place = "".join(f"[{index}]" for index in self.at)
+        return f"{self.key}{place}"
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A stored block of a tensor.
+
+    Attributes:
+        offsets: of its first element.
+        sizes: its shape.
+        file: its file in the checkpoint's folder.
+        start: first byte there.
+        length: bytes.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    file: str
+    start: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """A tensor of a checkpoint.
+
+    Attributes:
+        shape: with the axes of layers and experts.
+        dtype: of all its chunks.
+        chunks: that cover it.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    chunks: tuple[Chunk, ...]
+
+
+class _Window(io.RawIOBase):
+    """A range of a file as a file: ``torch.load`` reads from it straight into the tensor's memory."""
+
+    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+        super().__init__()
+        self._file, self._start, self._length, self._at = file, start, length, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        self._file.seek(self._start + self._at)
+        count = self._file.readinto(view[: max(0, self._length - self._at)])
+        self._at += count
+        return count
+
+
+class CheckpointReader:
+    """A checkpoint in Megatron-Core's torch_dist format.
+
+    Nothing but the metadata is read until a tensor is asked for. torch's own reader takes a second copy of each chunk
+    that it reads; here a chunk that is the whole slab is handed out as it is.
+
+    Args:
+        folder: of one iteration.
+        allowed: classes that ``common.pt`` may hold besides plain values.
+
+    Raises:
+        UsageError: the folder is no such checkpoint, is damaged, or has code objects in its metadata.
+    """
+
+    def __init__(self, folder: str | Path, *, allowed: tuple[Any, ...] = ()) -> None:
+        self.folder = Path(folder)
+        self._allowed = allowed
+        self._check_format()
+        metadata = load_metadata(self.folder / METADATA_FILE)
+        self.tensors: dict[str, Stored] = {}
+        self.objects: dict[str, Chunk] = {}
+        try:
+            self._read_index(metadata)
+        except (KeyError, AttributeError, TypeError) as error:
+            raise self._damaged(f"its {METADATA_FILE} is not whole ({type(error).__name__}: {error})") from error
+
+    def _check_format(self) -> None:
+        path = self.folder / FORMAT_FILE
+        try:
+            backend = json.loads(path.read_bytes()).get("sharded_backend")
+        except OSError as error:
+            raise UsageError(
+                f"{self.folder} is no torch_dist checkpoint: {FORMAT_FILE} cannot be read ({error.strerror});"
+                " name the folder of one iteration, iter_..."
+            ) from error
+        except (ValueError, AttributeError) as error:
+            raise self._damaged(f"its {FORMAT_FILE} is not JSON") from error
+        if backend != FORMAT["sharded_backend"]:
+            raise UsageError(
+                f"{self.folder} is in the format {backend!r}; only {FORMAT['sharded_backend']!r} is read: save it again"
+                " with --ckpt-format torch_dist"
+            )
+
+    def _read_index(self, metadata: Any) -> None:
+        places = {
+            (index.fqn, tuple(index.offset or ())): (info.relative_path, info.offset, info.length)
+            for index, info in metadata.storage_data.items()
+        }
+        for file in sorted({place[0] for place in places.values()}):
+            # A name from a file of others must not lead out of the folder.
+            if Path(file).name != file:
+                raise self._damaged(f"its {METADATA_FILE} names the file {file}, outside of it")
+            if not (self.folder / file).is_file():
+                raise self._damaged(f"{file} is missing")
+        for key, entry in metadata.state_dict_metadata.items():
+            if not hasattr(entry, "chunks"):
+                self.objects[key] = Chunk((), (), *places[key, ()])
+                continue
+            chunks = tuple(
+                Chunk(tuple(chunk.offsets), tuple(chunk.sizes), *places[key, tuple(chunk.offsets)])
+                for chunk in entry.chunks
+            )
+            self.tensors[key] = Stored(tuple(entry.size), entry.properties.dtype, chunks)
+
+    def _damaged(self, reason: str) -> UsageError:
+        return UsageError(f"the checkpoint {self.folder} is damaged: {reason}; take another copy, or an older one")
+
+    @cached_property
+    def common(self) -> dict[str, Any]:
+        """What all ranks share: progress, settings, counts; tensors and plain values only."""
+        values = load_values(self.folder / COMMON_FILE, allowed=self._allowed)
+        if not isinstance(values, dict):
+            raise self._damaged(f"its {COMMON_FILE} holds no names with values")
+        return values
+
+    def slabs(self, prefix: str = "") -> Iterator[Slab]:
+        """Yield every slab of the tensors whose names begin so: embedding, layer by layer, final norm and output."""
+        found = []
+        for key, stored in self.tensors.items():
+            if key.startswith(prefix):
+                counts = stored.shape[: stacked_axes(key)]
+                found += [Slab(key, place) for place in _places(counts)]
+        yield from sorted(found, key=_order)
+
+    def weights(self) -> Iterator[Slab]:
+        """Yield the slabs of the model's weights, without the optimizer's state."""
+        yield from (slab for slab in self.slabs() if not slab.key.startswith(OPTIMIZER_STATE))
+
+    def shape(self, slab: Slab) -> tuple[int, ...]:
+        """Return the shape of a slab, without the axes of layers and experts."""
+        return self._stored(slab).shape[len(slab.at) :]
+
+    def dtype(self, slab: Slab) -> torch.dtype:
+        """Return the dtype in which a slab is stored."""
+        return self._stored(slab).dtype
+
+    def _stored(self, slab: Slab) -> Stored:
+        if slab.key not in self.tensors:
+            raise UsageError(f"the checkpoint {self.folder} lacks {slab.key}; it is of another architecture")
+        return self.tensors[slab.key]
+
+    def read(self, slab: Slab) -> torch.Tensor:
+        """Read one slab, contiguous and free to be changed.
+
+        Raises:
+            UsageError: there is no such tensor, or what is stored of it is damaged.
+        """
+        stored = self._stored(slab)
+        low = (*slab.at, *(0 for _ in stored.shape[len(slab.at) :]))
+        high = (*(index + 1 for index in slab.at), *stored.shape[len(slab.at) :])
+        shape = stored.shape[len(slab.at) :]
+        touching = [chunk for chunk in stored.chunks if _overlap(chunk, low, high) is not None]
+        if len(touching) == 1 and touching[0].offsets == low and _end(touching[0]) == high:
+            return self._load(touching[0], stored.dtype).view(shape)
+        result = torch.empty(shape, dtype=stored.dtype)
+        covered = 0
+        for chunk in touching:
+            starts, ends = _overlap(chunk, low, high) or ((), ())
+            block = self._load(chunk, stored.dtype)
+            taken = tuple(slice(a - o, b - o) for a, b, o in zip(starts, ends, chunk.offsets, strict=True))
+            place = tuple(slice(a - o, b - o) for a, b, o in zip(starts, ends, low, strict=True))
+            result[place[len(slab.at) :]] = block[taken].view([end.stop - end.start for end in place[len(slab.at) :]])
+            covered += block[taken].numel()
+        if covered != result.numel():
+            raise self._damaged(f"the chunks of {slab} do not cover it")
+        return result
+
+    def _load(self, chunk: Chunk, dtype: torch.dtype) -> torch.Tensor:
+        tensor = self._load_value(chunk)
+        if not isinstance(tensor, torch.Tensor) or tuple(tensor.shape) != chunk.sizes or tensor.dtype != dtype:
+            raise self._damaged(f"{chunk.file} holds something else at byte {chunk.start} than {METADATA_FILE} says")
+        return tensor.detach()
+
+    def read_object(self, key: str) -> Any:
+        """Read what is stored beside tensors, such as random states; plain values only."""
+        return self._load_value(self.objects[key])
+
+    def _load_value(self, chunk: Chunk) -> Any:
+        try:
+            with open(self.folder / chunk.file, "rb") as file:
+                window = io.BufferedReader(_Window(file, chunk.start, chunk.length))
+                return torch.load(window, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file fails in any way
+            reason = (str(error).splitlines() or [""])[0][:120]
+            raise self._damaged(f"{chunk.file} cannot be read ({type(error).__name__}: {reason})") from error
+
+
+def _order(slab: Slab) -> tuple[Any, ...]:
+    end = not slab.at and "embedding." not in slab.key
+    return end, slab.at[:1], slab.key, slab.at
+
+
+def _places(counts: tuple[int, ...]) -> list[tuple[int, ...]]:
+    places: list[tuple[int, ...]] = [()]
+    for count in counts:
+        places = [(*place, index) for place in places for index in range(count)]
+    return places
+
+
+def _end(chunk: Chunk) -> tuple[int, ...]:
+    return tuple(offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
+
+
+def _overlap(
+    chunk: Chunk, low: tuple[int, ...], high: tuple[int, ...]
+) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """First and last+1 index of what a chunk and a range share; None if that is nothing."""
+    starts = tuple(map(max, chunk.offsets, low))
+    ends = tuple(map(min, _end(chunk), high))
+    return (starts, ends) if all(a < b for a, b in zip(starts, ends, strict=True)) else None
