@@ -164,6 +164,11 @@ class OptimizerConfig:
         " pip install megatron-hyperp[kernels])",
     )
     radius_scale: float = knob(1.0, "factor on the radii of all MuonH matrices", POSITIVE)
+    radius: Literal["stateless", "from-weights"] = knob(
+        "stateless",
+        "radii of spheres: from shapes, or those of the weights that a model had when it was imported (continued"
+        " training; tools/convert_checkpoint.py measures them, checkpoints keep them)",
+    )
     adam_beta1: float = knob(0.9, "decay of Adam's first moment", FRACTION)
     adam_beta2: float = knob(0.95, "decay of Adam's second moment", FRACTION)
     adam_eps: float = knob(1e-8, "epsilon of Adam", POSITIVE)

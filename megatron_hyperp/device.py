@@ -270,6 +270,9 @@ def _adapt_torch() -> None:
     ]
     for owner, name, replacement in replacements:
         setattr(owner, name, replacement)
+    # Contexts such as torch.device("meta") look at their first use which functions they apply to: the original ones.
+    with torch.device("cpu"):
+        torch.empty(0)
     for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "as_tensor"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     original_type = torch.Tensor.type

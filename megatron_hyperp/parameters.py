@@ -80,14 +80,26 @@ def role_of(name: str, parameter: torch.Tensor) -> str:
     # With tied embeddings the last pipeline stage holds a copy of the embedding under the output layer's name.
     if getattr(parameter, "shared_embedding", False):
         return "embedding"
+    role = role_by_name(name, f" of shape {tuple(parameter.shape)}")
+    if (parameter.ndim == 2) == (role == "vector"):
+        raise ValueError(f"the parameter {name} has the role {role} but the shape {tuple(parameter.shape)}")
+    return role
+
+
+def role_by_name(name: str, more: str = "") -> str:
+    """Return the one role of a name.
+
+    Args:
+        name: of a parameter, in the whole model.
+        more: what else the error says of it.
+
+    Raises:
+        ValueError: no role matches it, or more than one.
+    """
     found = [role for role, patterns in ROLES.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
     if len(found) != 1:
         what = "no role" if not found else f"{len(found)} roles ({', '.join(found)})"
-        raise ValueError(
-            f"{what} for the parameter {name} of shape {tuple(parameter.shape)}; see ROLES in parameters.py"
-        )
-    if (parameter.ndim == 2) == (found[0] == "vector"):
-        raise ValueError(f"the parameter {name} has the role {found[0]} but the shape {tuple(parameter.shape)}")
+        raise ValueError(f"{what} for the parameter {name}{more}; see ROLES in parameters.py")
     return found[0]
 
 

@@ -37,6 +37,7 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -
         _resolve_scaling(config)
         _resolve_schedule(config)
         _check_newton_schulz(config)
+        _check_radius(config)
         precision.check(config)
     except UsageError as error:
         error.same_on_all_ranks = True
@@ -380,3 +381,22 @@ def _check_newton_schulz(config: Config) -> None:
             raise UsageError(f"{flag} gram loses accuracy with --ns-dtype bf16; give fp16 or fp32, or leave it out")
     if options.ns_form == "standard" and options.ns_strategy == "gram":
         raise UsageError("--ns-strategy gram iterates in Gram form, which --ns-form standard rules out; leave one out")
+
+
+def _check_radius(config: Config) -> None:
+    """Radii from weights are numbers of an import, one for each fused matrix."""
+    if config.optimizer.radius == "stateless":
+        return
+    optimizer = config.optimizer.optimizer
+    for flag, given, why in (
+        ("--radius-scale", config.optimizer.radius_scale != 1.0, "is a factor on radii from shapes"),
+        ("--matrix-split", config.optimizer.matrix_split != "fused", "makes matrices of which none were measured"),
+        ("--fp8-weight-scale sphere", config.training.fp8_weight_scale == "sphere", "takes radii from shapes"),
+        (
+            f"--optimizer {optimizer}",
+            optimizer not in ("hyperp", "muonh"),
+            "has no spheres",
+        ),
+    ):
+        if given:
+            raise UsageError(f"--radius from-weights: {flag} {why}; leave one of them out")

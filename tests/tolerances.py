@@ -26,3 +26,6 @@ RADIUS_DRIFT = 1e-6
 
 # Weight-decay theorem: the residual falls by 4 when the learning rate halves, up to third-order terms.
 WEIGHT_DECAY_FACTOR = 0.1
+
+# Logits of one model in two implementations, fp32: sums in another order; 1e-6 is typical.
+EXPORTED_LOGITS = 1e-4

@@ -9,7 +9,7 @@ Norms are of global matrices: one all-reduce of three numbers per matrix serves 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -389,6 +389,7 @@ def get_hyperp_optimizer(
     config: Config,
     model_chunks: Sequence[DataParallel],
     *,
+    radii: Mapping[str, float] | None = None,
     log: Callable[[str], None] | None = None,
 ) -> HyperPOptimizer:
     """Build the optimizer of this rank's pipeline chunks; Megatron's process groups must exist.
@@ -397,12 +398,13 @@ def get_hyperp_optimizer(
         config: resolved config; ``config.optimizer.optimizer`` picks HyperP or a baseline.
         model_chunks: from :func:`~megatron_hyperp.optim.data_parallel.wrap_for_data_parallelism`; their weights and
             gradients are ordered by owner here.
+        radii: of spheres that do not follow from shapes, by the parameter's name.
         log: receives the routing table, the balance of ownership and how Newton-Schulz is shared.
 
     Raises:
         ValueError: a parameter matches no rule, or two.
     """
-    routes = routes_of(config, [pair for chunk in model_chunks for pair in named_parameters(chunk)])
+    routes = routes_of(config, [pair for chunk in model_chunks for pair in named_parameters(chunk)], radii)
     newton_schulz = NewtonSchulz.of(config.optimizer)
     domains = domains_of(routes, newton_schulz, config.optimizer.ns_strategy)
     _lay_out(model_chunks, domains, config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -90,6 +90,7 @@ def route(
     adam_lr_mult: float = 1.0,
     matrix_split: str = "fused",
     heads: Heads | None = None,
+    radii: Mapping[str, float] | None = None,
 ) -> list[Route]:
     """Give every parameter its rule; parts of one parameter follow each other.
 
@@ -106,6 +107,7 @@ def route(
         matrix_split: whether fused QKV and gate/up weights are one matrix ("fused"), one per component ("component"),
             or QKV one per head ("head"), each then orthogonalized and on a sphere by itself.
         heads: layout of QKV weights; needed unless "fused".
+        radii: of spheres that do not follow from shapes, by the parameter's name; "fused" alone.
 
     Raises:
         ValueError: a parameter matches no rule, or two, or is frozen.
@@ -127,14 +129,20 @@ def route(
         for part, block, dim in _parts(name, parameter, split, heads):
             shape = _global_shape(parameter, block, dim, ranks)
             radius = None
-            if rule in SPHERE_RULES:
+            if rule in SPHERE_RULES and radii is not None:
+                radius = radii[name]
+            elif rule in SPHERE_RULES:
                 radius = sphere_radius(role, shape, radius_scale=radius_scale, output_init_std=output_init_std)
             decays = role in ("hidden", "output")
             routes.append(Route(name + part, parameter, block, role, rule, shape, dim, radius, lr_mults[role], decays))
     return routes
 
 
-def routes_of(config: Config, named_parameters: Iterable[tuple[str, torch.nn.Parameter]]) -> list[Route]:
+def routes_of(
+    config: Config,
+    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    radii: Mapping[str, float] | None = None,
+) -> list[Route]:
     """Give every parameter its rule by a resolved config; see :func:`route`."""
     options, model, parallel = config.optimizer, config.model, config.parallel
     return route(
@@ -149,6 +157,7 @@ def routes_of(config: Config, named_parameters: Iterable[tuple[str, torch.nn.Par
         adam_lr_mult=options.adam_lr_mult,
         matrix_split=options.matrix_split,
         heads=Heads(model.kv_channels, model.num_attention_heads // model.num_query_groups),
+        radii=radii,
     )
 
 
@@ -186,12 +195,20 @@ def _global_shape(parameter: torch.Tensor, block: Block, dim: int, ranks: int) -
 
 def describe(routes: Iterable[Route]) -> str:
     """Return the routing table, equal layers on one line."""
-    rows: dict[tuple[str, str, str, str, str], int] = {}
+    rows: dict[tuple[str, str, str, str], list[float | None]] = {}
     for entry in routes:
-        radius = "-" if entry.radius is None else f"{entry.radius:.4g}"
         shape = " x ".join(map(str, entry.shape))
-        key = (re.sub(r"(?<=[. ])\d+", "*", entry.name), entry.rule, shape, radius, f"{entry.lr_mult:g}")
-        rows[key] = rows.get(key, 0) + 1
+        key = (re.sub(r"(?<=[. ])\d+", "*", entry.name), entry.rule, shape, f"{entry.lr_mult:g}")
+        rows.setdefault(key, []).append(entry.radius)
     table = [("parameter", "rule", "global shape", "radius", "lr x", "count")]
-    table += [(*key, str(count)) for key, count in rows.items()]
+    table += [(*key[:3], _range(radii), key[3], str(len(radii))) for key, radii in rows.items()]
     return "\n".join(aligned(table))
+
+
+def _range(radii: Iterable[float | None]) -> str:
+    """Radii of a row in words: mostly one."""
+    known = [radius for radius in radii if radius is not None]
+    if not known:
+        return "-"
+    ends = [f"{radius:.4g}" for radius in (min(known), max(known))]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)

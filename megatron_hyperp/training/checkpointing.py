@@ -23,9 +23,13 @@ import torch.distributed as dist
 
 from megatron_hyperp import __version__, arguments
 from megatron_hyperp.config import Config
+from megatron_hyperp.convert.pickles import load_values
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training.logging import CONFIG_FILE
 
+# Of the state that all ranks share: a checkpoint without optimizer state, with which a training begins; and the radii
+# of matrices whose spheres are those of imported weights, by name.
+WEIGHTS_ONLY, RADII = "weights_only", "radii"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -64,12 +68,28 @@ def find_checkpoint(root: str | Path) -> Path | None:
     content = tracker.read_text(errors="replace").strip()
     folder = checkpoint_folder(root, int(content)) if re.fullmatch(r"[0-9]{1,12}", content) else None
     if folder is None or not _is_complete(folder):
-        found = ", ".join(path.name for path in _complete_checkpoints(root)) or "none"
+        found = ", ".join(path.name for path in complete_checkpoints(root)) or "none"
         raise UsageError(
             f"{tracker} names iteration {content[:20]!r}, which is not a checkpoint in {root}; complete ones there:"
             f" {found}; name one with --load {root}/iter_..."
         )
     return folder
+
+
+def common_state(folder: Path) -> dict[str, Any]:
+    """Return what all ranks share in a checkpoint: plain values.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        common = load_values(folder / "common.pt")
+    except UsageError as error:
+        raise UsageError(
+            f"the checkpoint {folder} cannot be read ({error}); name an older one with --load", same_on_all_ranks=True
+        ) from error
+    assert isinstance(common, dict)
+    return common
 
 
 def check_save_folder(root: str | Path, resume_from: Path | None) -> None:
@@ -110,6 +130,7 @@ def save_checkpoint(
     balance: Any = None,
     scales: Any = None,
     run_id: str | None = None,
+    radii: dict[str, float] | None = None,
 ) -> Path:
     """Write a checkpoint, make it the latest, drop those beyond ``--keep``; a collective call.
 
@@ -121,6 +142,7 @@ def save_checkpoint(
         balance: loads of a mixture of experts; None for a dense model.
         scales: of delayed scaling in emulated FP8, if there are any.
         run_id: of the Weights & Biases run, so that a resumed run continues it.
+        radii: of spheres that do not follow from shapes.
 
     Returns:
         The checkpoint's folder.
@@ -145,6 +167,7 @@ def save_checkpoint(
         "layout": _layout(),
         "version": __version__,
         "run_id": run_id,
+        RADII: radii,
         "balance": None if balance is None else balance.state(),
         "fp8": None if scales is None else scales.state(),
     }
@@ -170,6 +193,7 @@ def load_checkpoint(
 ) -> tuple[Progress, str | None]:
     """Restore model, optimizer, expert loads, scales of FP8 and random state; a collective call.
 
+    Of a checkpoint with weights alone, they become the optimizer's masters too, and the run stands at its beginning.
     The random state is restored only under the layout that wrote it; without dropout nothing depends on it. So is
     TransformerEngine's history of FP8 scales, which otherwise begins anew.
 
@@ -188,7 +212,13 @@ def load_checkpoint(
         common = dist_checkpointing.load_common_state_dict(str(folder))
         same_layout = common.get("layout") == _layout()
         history = same_layout and common.get("fp8_history", False) and keeps_fp8_history(config)
-        state = _sharded_state(chunks, optimizer, with_random_state=same_layout, with_fp8_state=history)
+        weights_only = common.get(WEIGHTS_ONLY, False)
+        if weights_only:
+            # Their first gathering would write over what is loaded.
+            optimizer.exchange.finish_param_sync()
+            state = _sharded_models(chunks, with_fp8_state=False)
+        else:
+            state = _sharded_state(chunks, optimizer, with_random_state=same_layout, with_fp8_state=history)
         loaded = dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:
         # Torch's exception is no Exception, and holds the reasons by rank.
@@ -204,6 +234,9 @@ def load_checkpoint(
         missing, unexpected = _model(chunk).load_state_dict(loaded[f"model{index}"], strict=False)
         assert not unexpected
         assert all(map(_is_extra_state, missing))
+    if weights_only:
+        optimizer.reload_model_params()
+        return Progress(), None
     optimizer.load_state_dict(loaded["optimizer"])
     if balance is not None:
         balance.load(loaded["balance"])
@@ -244,12 +277,14 @@ def _sharded_model(chunk: torch.nn.Module, *, with_fp8_state: bool) -> dict[str,
     return {name: entry for name, entry in state.items() if with_fp8_state or not _is_extra_state(name)}
 
 
+def _sharded_models(chunks: Sequence[torch.nn.Module], *, with_fp8_state: bool) -> dict[str, Any]:
+    return {f"model{index}": _sharded_model(chunk, with_fp8_state=with_fp8_state) for index, chunk in enumerate(chunks)}
+
+
 def _sharded_state(
     chunks: Sequence[torch.nn.Module], optimizer: Any, *, with_random_state: bool, with_fp8_state: bool
 ) -> dict[str, Any]:
-    models = {
-        f"model{index}": _sharded_model(chunk, with_fp8_state=with_fp8_state) for index, chunk in enumerate(chunks)
-    }
+    models = _sharded_models(chunks, with_fp8_state=with_fp8_state)
     state: dict[str, Any] = {**models, "optimizer": optimizer.sharded_state_dict(models)}
     if with_random_state:
         state["rng"] = _random_state()
@@ -314,7 +349,7 @@ def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in (CONFIG_FILE, "metadata.json", ".metadata", "common.pt"))
 
 
-def _complete_checkpoints(root: Path) -> list[Path]:
+def complete_checkpoints(root: Path) -> list[Path]:
     """Return the complete checkpoints under ``root``, oldest iteration first."""
     folders = [path for path in root.glob("iter_*") if re.fullmatch(r"iter_[0-9]+", path.name) and _is_complete(path)]
     return sorted(folders, key=_iteration)
@@ -329,7 +364,7 @@ def _drop_old(root: Path, keep: int, latest: int) -> None:
     for leftover in root.glob("partial_*"):
         shutil.rmtree(leftover)
     if keep:
-        for folder in [path for path in _complete_checkpoints(root) if _iteration(path) <= latest][:-keep]:
+        for folder in [path for path in complete_checkpoints(root) if _iteration(path) <= latest][:-keep]:
             shutil.rmtree(folder)
 
 

@@ -29,7 +29,12 @@ ARCHITECTURE = (
     "moe_gate",
 )
 # Settings that fix the spheres: on other ones a run would rescale every weight at its first step.
-SPHERES = (("optimizer", "radius_scale"), ("optimizer", "matrix_split"), ("model", "output_init_std"))
+SPHERES = (
+    ("optimizer", "radius"),
+    ("optimizer", "radius_scale"),
+    ("optimizer", "matrix_split"),
+    ("model", "output_init_std"),
+)
 # Sections that decide the course of training, with their fields that do not.
 COURSE = {
     "model": {*ARCHITECTURE, "depth", "aspect_ratio", "make_vocab_size_divisible_by", "embedding_init_std"},
@@ -47,8 +52,13 @@ COURSE = {
 }
 
 
-def check_compatible(folder: Path, config: Config) -> None:
+def check_compatible(folder: Path, config: Config, *, weights_only: bool = False) -> None:
     """Compare the config in a checkpoint with this run's.
+
+    Args:
+        folder: of the checkpoint.
+        config: of this run.
+        weights_only: whether it has no optimizer state, which any optimizer can begin with.
 
     Raises:
         UsageError: another architecture, spheres or kind of optimizer state; every field that differs is named.
@@ -58,7 +68,7 @@ def check_compatible(folder: Path, config: Config) -> None:
     saved = arguments.load_yaml(folder / CONFIG_FILE)
     # First: another recipe also changes multipliers, which below would look like another architecture.
     there, here = saved.optimizer.optimizer, config.optimizer.optimizer
-    if RULES[there] != RULES[here]:
+    if RULES[there] != RULES[here] and not weights_only:
         raise UsageError(
             f"the checkpoint {folder} has the optimizer state of {there}, which {here} cannot take over;"
             f" give --optimizer {there}, or start anew",

@@ -97,7 +97,9 @@ class Trainer:
         for line in describe(config, self.world_size):
             self.console.print(line)
         self.balance, self.scales = build_balance(config), build_scales(config)
-        self.chunks, self.optimizer = build(config, self.balance, self.scales, log=self.console.print)
+        common = {} if resume_from is None else checkpointing.common_state(resume_from)
+        weights_only, self.radii = common.get(checkpointing.WEIGHTS_ONLY, False), common.get(checkpointing.RADII)
+        self.chunks, self.optimizer = build(config, self.balance, self.scales, radii=self.radii, log=self.console.print)
         self.stability = Stability(config, self.chunks, self.optimizer, self.balance)
         self._time_communication()
         options, peak = config.optimizer, config.learning_rate().value
@@ -134,11 +136,12 @@ class Trainer:
                 config, resume_from, self.chunks, self.optimizer, self.balance, self.scales
             )
             self.scheduler.step(self.progress.iteration)
-            self.console.print(f"resumed from {resume_from} at iteration {self.progress.iteration}")
-            for line in changed_settings(resume_from, config):
+            done = "began with the weights of" if weights_only else "resumed from"
+            self.console.print(f"{done} {resume_from} at iteration {self.progress.iteration}")
+            for line in [] if weights_only else changed_settings(resume_from, config):
                 self.console.print(f"note: {line}")
         self._build_data(tokenizer)
-        continued = resume_from is not None and is_of_run(resume_from, config)
+        continued = resume_from is not None and not weights_only and is_of_run(resume_from, config)
         self.writer = MetricsWriter(config, active=self.rank == 0, fresh=not continued, run_id=run_id)
         if self.rank == 0:
             checkpointing.write_run_config(config)
@@ -384,6 +387,7 @@ class Trainer:
             self.balance,
             self.scales,
             run_id=self.writer.run_id,
+            radii=self.radii,
         )
         self.console.print(f"saved {folder} in {time.monotonic() - started:.1f} s")
         self.writer.event(self.progress.iteration, "saved", str(folder))

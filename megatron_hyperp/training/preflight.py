@@ -131,7 +131,13 @@ def _checkpoint_to_load(config: Config) -> Path | None:
     if save is not None:
         checkpointing.check_save_folder(save, folder)
     if folder is not None:
-        check_compatible(folder, config)
+        common = checkpointing.common_state(folder)
+        check_compatible(folder, config, weights_only=common.get(checkpointing.WEIGHTS_ONLY, False))
+    if config.optimizer.radius == "from-weights" and (folder is None or not common.get(checkpointing.RADII)):
+        raise UsageError(
+            "--radius from-weights needs --load of a checkpoint that has radii; import one with"
+            " tools/convert_checkpoint.py --radius from-weights"
+        )
     return folder
 
 

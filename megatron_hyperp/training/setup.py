@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -37,7 +37,12 @@ def initialize_megatron(config: Config) -> None:
 
 
 def build(
-    config: Config, balance: Balance | None, scales: DelayedScales | None = None, *, log: Callable[[str], None]
+    config: Config,
+    balance: Balance | None,
+    scales: DelayedScales | None = None,
+    *,
+    radii: Mapping[str, float] | None = None,
+    log: Callable[[str], None],
 ) -> tuple[list[DataParallel], HyperPOptimizer]:
     """Build this rank's pipeline chunks and their optimizer; Megatron's process groups must exist.
 
@@ -45,6 +50,7 @@ def build(
         config: resolved config.
         balance: load statistics of the experts, or None for a dense model.
         scales: of delayed scaling in emulated FP8, if there are any.
+        radii: of spheres that do not follow from shapes, by the parameter's name.
         log: receives what the optimizer has to say of itself.
     """
     from megatron_hyperp.model.build import build_model, transformer_config
@@ -58,4 +64,4 @@ def build(
         overlap_grad_reduce=device.overlaps(parallel.overlap_grad_reduce),
         overlap_param_gather=device.overlaps(parallel.overlap_param_gather),
     )
-    return chunks, get_hyperp_optimizer(config, chunks, log=log)
+    return chunks, get_hyperp_optimizer(config, chunks, radii=radii, log=log)

@@ -1,0 +1,206 @@
+"""From one format to another: what the command line does."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from megatron_hyperp.convert import hf_config
+from megatron_hyperp.convert.averaging import AverageSource, newest_checkpoints
+from megatron_hyperp.convert.hyperp import (
+    HyperPSource,
+    check_layout,
+    stored_items,
+    write_resharded,
+    write_weights,
+)
+from megatron_hyperp.convert.source import Source
+from megatron_hyperp.convert.writing import Layout
+from megatron_hyperp.errors import UsageError
+from megatron_hyperp.files import finished_folder
+from megatron_hyperp.progress import ProgressBar
+
+FROM = ("hyperp", "hf", "megatron-lm", "archscale")
+TO = ("hyperp", "hf", "megatron-lm")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A conversion.
+
+    Attributes:
+        source: format to read: one of :data:`FROM`.
+        target: format to write: one of :data:`TO`.
+        input: folder or file to read.
+        output: folder to write, which is not there yet.
+        layout: that a torch_dist output is cut for.
+        dtype: of the weights written; None for the source's.
+        shard_bytes: of a safetensors file.
+        tokenizer: that goes with the weights; "none", or None for the one that the source names.
+        radius: of the spheres in a later training: "stateless", or "from-weights".
+        average: so many of the newest checkpoints; 0: one.
+        weights_only: leave out the optimizer's state.
+        verify: compare the output with the input.
+    """
+
+    source: str
+    target: str
+    input: str
+    output: str
+    layout: Layout
+    dtype: torch.dtype | None
+    shard_bytes: int
+    tokenizer: str | None
+    radius: str
+    average: int
+    weights_only: bool
+    verify: bool
+
+    @property
+    def resharding(self) -> bool:
+        """Whether a whole checkpoint is cut anew, its optimizer's state with it."""
+        same = self.source == self.target == "hyperp"
+        return same and not (self.average or self.weights_only or self.dtype or self.radius == "from-weights")
+
+
+def open_source(kind: str, path: str | Path) -> Source:
+    """Open a checkpoint in a format of :data:`FROM`.
+
+    Raises:
+        UsageError: it is no such checkpoint, is damaged, or cannot be expressed here.
+    """
+    if kind == "hyperp":
+        return HyperPSource(path)
+    if kind == "hf":
+        from megatron_hyperp.convert.huggingface import HuggingFaceSource
+
+        return HuggingFaceSource(path)
+    raise UsageError(f"--from {kind} is not known; allowed are {', '.join(FROM)}")
+
+
+def convert(job: Job, *, dry_run: bool = False, say: Callable[[str], None] = print) -> None:
+    """Convert, or only say what would be done.
+
+    Raises:
+        UsageError: anything that cannot be done; nothing is left behind then.
+    """
+    source = _source(job)
+    whole = source if job.resharding and isinstance(source, HyperPSource) and source.whole else None
+    if job.target == "hf":
+        _check_hf(job)
+    else:
+        check_layout(source, job.layout)
+    size = sum(item.nbytes for item in stored_items(whole)) if whole else source.nbytes
+    for line in describe(job, source, whole=whole is not None, size=size):
+        say(line)
+    if dry_run:
+        say("dry run: nothing is written")
+        return
+    with finished_folder(Path(job.output)) as partial:
+        with ProgressBar(size, _in_words("converted", size)) as bar:
+            _write(job, source, partial, whole=whole, advance=_counting(bar))
+        if job.verify:
+            for line in _verify(job, source, partial, whole=whole, size=size):
+                say(line)
+    say(f"wrote {job.output}")
+
+
+def _source(job: Job) -> Source:
+    if job.average:
+        return AverageSource(newest_checkpoints(job.input, job.average))
+    source = open_source(job.source, job.input)
+    if job.radius == "from-weights":
+        from megatron_hyperp.convert.radii import take_radii_from_weights
+
+        take_radii_from_weights(source)
+    return source
+
+
+def _check_hf(job: Job) -> None:
+    if (job.layout.tp, job.layout.pp, job.layout.ep) != (1, 1, 1):
+        raise UsageError("--tp, --pp and --ep cut torch_dist checkpoints; with --to hf give --max-shard-size instead")
+    if job.verify and importlib.util.find_spec("transformers") is None:
+        raise UsageError("--verify compares logits with transformers; pip install megatron-hyperp[convert]")
+
+
+def describe(job: Job, source: Source, *, whole: bool, size: int) -> list[str]:
+    """Say in lines what is read and what will be written."""
+    model, experts = source.config.model, source.config.moe.num_experts
+    count = sum(torch.Size(shape.shape).numel() for shape in source.parameters.values())
+    kind = f"{experts} experts a layer" if experts else "dense"
+    lines = [
+        f"read {job.source} {job.input}: {model.num_layers} layers, width {model.hidden_size},"
+        f" {model.num_attention_heads} heads in {model.num_query_groups} groups, {kind}, {count:,} parameters"
+    ]
+    dtype = str(job.dtype or source.dtype("embedding.word_embeddings.weight")).removeprefix("torch.")
+    what = "weights and optimizer state" if whole else "weights"
+    lines.append(f"write {job.target} {job.output}: {what} in {dtype}, {size / 1e9:.3f} GB")
+    if job.target == "hf":
+        lines.append(f"as {hf_config.architecture(source.config)}, files of at most {job.shard_bytes / 1e9:g} GB")
+    else:
+        lines.append(f"cut for TP {job.layout.tp}, PP {job.layout.pp}, EP {job.layout.ep}")
+    if job.target == "hyperp" and not whole:
+        lines.append("without optimizer state: a training that loads it begins at its first iteration")
+    if job.average:
+        lines.append(f"mean of the newest {job.average} checkpoints, matrices put back on their spheres")
+    return lines
+
+
+def _write(
+    job: Job, source: Source, partial: Path, *, whole: HyperPSource | None, advance: Callable[[int], None]
+) -> None:
+    if job.target == "hf":
+        from megatron_hyperp.convert import huggingface
+
+        tokenizer = source.extras.tokenizer if job.tokenizer is None else job.tokenizer
+        huggingface.write(
+            partial,
+            source,
+            dtype=job.dtype,
+            shard_bytes=job.shard_bytes,
+            tokenizer=None if tokenizer == "none" else tokenizer,
+            advance=advance,
+        )
+    elif whole:
+        write_resharded(partial, whole, layout=job.layout, advance=advance)
+    else:
+        write_weights(partial, source, layout=job.layout, dtype=job.dtype, advance=advance)
+
+
+def _verify(job: Job, source: Source, partial: Path, *, whole: HyperPSource | None, size: int) -> list[str]:
+    """Compare, and say how input and output agree."""
+    from megatron_hyperp.convert import verify
+
+    written = open_source(job.target, partial)
+    with ProgressBar(size, _in_words("verified", size)) as bar:
+        if whole:
+            assert isinstance(written, HyperPSource)
+            lines = [verify.compare_stored(whole, written, advance=_counting(bar))]
+        else:
+            lines = [verify.compare(source, written, advance=_counting(bar))]
+    dtypes = [side.dtype("embedding.word_embeddings.weight") for side in (source, written)]
+    dtype = max(dtypes, key=lambda kind: torch.finfo(kind).eps)
+    if job.target == "hf":
+        lines.append(verify.compare_logits(source, partial, dtype))
+    elif job.source == "hf":
+        lines.append(verify.compare_logits(written, Path(job.input), dtype))
+    return lines
+
+
+def _counting(bar: ProgressBar) -> Callable[[int], None]:
+    done = 0
+
+    def advance(more: int) -> None:
+        nonlocal done
+        done += more
+        bar.update(done)
+
+    return advance
+
+
+def _in_words(verb: str, size: int) -> Callable[[int, float], str]:
+    return lambda done, seconds: f"{verb} {done / 1e9:.2f} of {size / 1e9:.2f} GB ({done / 1e9 / seconds:.2f} GB/s)"

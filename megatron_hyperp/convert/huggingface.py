@@ -1,0 +1,191 @@
+"""Hugging Face checkpoints: safetensors with their config, tokenizer and generation config, out and in.
+
+Stock classes know neither the factor on residual branches nor our attention scale. They are folded into weights:
+the first into the projections that end a branch, the second into the gain of the norm on queries (or into the queries'
+projection, without that norm). What undoes this to the bit lies beside the weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from megatron_hyperp import __version__, arguments
+from megatron_hyperp.config import Config
+from megatron_hyperp.convert import hf_config, hf_tokenizer
+from megatron_hyperp.convert.folding import fold_, unfold_
+from megatron_hyperp.convert.hf_config import CODE_FILE, OURS
+from megatron_hyperp.convert.mapping import NameMap, Part, Piece, Rules, multipliers
+from megatron_hyperp.convert.source import Extras, Source, check_shape
+from megatron_hyperp.convert.tensor_files import Spec, TensorReader, TensorWriter
+from megatron_hyperp.errors import UsageError
+
+# Beside the weights: our config and progress, and corrections that undo the folding.
+CONFIG, STATE, UNDO = "hyperp_config.yaml", "hyperp.json", "hyperp_undo"
+
+_MODEL, _LAYER = "model.layers.{}", "decoder.layers.{}"
+
+
+def _mlp(ours: str, theirs: str) -> dict[str, tuple[Part, ...]]:
+    return {
+        f"{ours}.linear_fc1.weight": (Part(f"{theirs}.gate_proj.weight"), Part(f"{theirs}.up_proj.weight")),
+        f"{ours}.linear_fc2.weight": (Part(f"{theirs}.down_proj.weight", "residual"),),
+    }
+
+
+def rules(config: Config) -> Rules:
+    """Where transformers keeps the parameters of a model, and what is folded into which."""
+    attention, theirs = f"{_LAYER}.self_attention", f"{_MODEL}.self_attn"
+    # The scale of attention goes into the gain on queries, if there is one.
+    query = "" if config.model.qk_layernorm else "attention"
+    return {
+        "embedding.word_embeddings.weight": (Part("model.embed_tokens.weight"),),
+        f"{_LAYER}.input_layernorm.weight": (Part(f"{_MODEL}.input_layernorm.weight"),),
+        f"{attention}.linear_qkv.weight": (
+            Part(f"{theirs}.q_proj.weight", query),
+            Part(f"{theirs}.k_proj.weight"),
+            Part(f"{theirs}.v_proj.weight"),
+        ),
+        f"{attention}.linear_proj.weight": (Part(f"{theirs}.o_proj.weight", "residual"),),
+        f"{attention}.q_layernorm.weight": (Part(f"{theirs}.q_norm.weight", "attention"),),
+        f"{attention}.k_layernorm.weight": (Part(f"{theirs}.k_norm.weight"),),
+        f"{_LAYER}.pre_mlp_layernorm.weight": (Part(f"{_MODEL}.post_attention_layernorm.weight"),),
+        **_mlp(f"{_LAYER}.mlp", f"{_MODEL}.mlp"),
+        f"{_LAYER}.mlp.router.weight": (Part(f"{_MODEL}.mlp.gate.weight"),),
+        **_mlp(f"{_LAYER}.mlp.experts.local_experts.{{}}", f"{_MODEL}.mlp.experts.{{}}"),
+        **_mlp(f"{_LAYER}.mlp.shared_experts", f"{_MODEL}.mlp.shared_expert"),
+        "decoder.final_layernorm.weight": (Part("model.norm.weight", "logits"),),
+        "output_layer.weight": (Part("lm_head.weight"),),
+    }
+
+
+def name_map(config: Config) -> NameMap:
+    """The map of a model; our own class has the multipliers in its config, so that nothing is folded."""
+    stock = hf_config.architecture(config) != OURS
+    return NameMap(rules(config), config, multipliers(config) if stock else {})
+
+
+class HuggingFaceSource(Source):
+    """A folder with ``config.json`` and safetensors: Qwen3, Llama, or one that was exported from here.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        UsageError: another architecture or setting, or files that are missing or damaged.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.folder = Path(path)
+        content = hf_config.read_json(self.folder / "config.json")
+        foreign = hf_config.from_json(content, str(self.folder / "config.json"))
+        ours = (self.folder / CONFIG).is_file()
+        self.config = arguments.load_yaml(self.folder / CONFIG) if ours else foreign
+        state = hf_config.read_json(self.folder / STATE) if ours else {}
+        tokenizers = [self.folder / name for name in ("tokenizer.model", "tokenizer.json")]
+        found = next((str(path.resolve()) for path in tokenizers if path.is_file()), None)
+        if not ours:
+            self.config.data.tokenizer_model = found
+        self.extras = Extras(state.get("progress", {}), state.get("radii"), found)
+        self._files = TensorReader(self.folder)
+        self._undo = TensorReader(self.folder, UNDO) if (self.folder / f"{UNDO}.safetensors").is_file() else None
+        self._map = name_map(self.config)
+        self._check()
+
+    def _check(self) -> None:
+        known = set()
+        for name in self.parameters:
+            for piece in self._pieces(name):
+                check_shape(str(self.folder), piece.name, self._files.spec(piece.name).shape, piece.shape)
+                known.add(piece.name)
+        # Tied, some files hold the output layer too.
+        if not self.config.model.untie_embeddings_and_output_weights:
+            known.add("lm_head.weight")
+        unknown = sorted(name for name in self._files.names - known if not name.endswith("rotary_emb.inv_freq"))
+        if unknown:
+            raise UsageError(
+                f"{self.folder} has {unknown[0]}"
+                + (f" and {len(unknown) - 1} other tensors" if unknown[1:] else "")
+                + " that a model here has not; it cannot be imported"
+            )
+
+    def _pieces(self, name: str) -> list[Piece]:
+        return self._map.pieces(name, self.parameters[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the dtype in which a parameter is stored."""
+        return self._files.spec(self._pieces(name)[0].name).dtype
+
+    def read(self, name: str) -> torch.Tensor:
+        """Read a parameter, multipliers taken out of it again."""
+        parts = []
+        for piece in self._pieces(name):
+            part = self._files.read(piece.name)
+            corrected = self._undo is not None and piece.name in self._undo
+            unfold_(part, piece.factor, self._undo.read(piece.name) if self._undo and corrected else None)
+            parts.append(part)
+        return self._map.merge(parts)
+
+
+def write(
+    folder: Path,
+    source: Source,
+    *,
+    dtype: torch.dtype | None,
+    shard_bytes: int,
+    tokenizer: str | None,
+    advance: Callable[[int], None],
+) -> None:
+    """Write a folder that ``from_pretrained`` reads.
+
+    Args:
+        folder: that is there.
+        source: to read from.
+        dtype: of the weights; None for the source's. In another dtype than the source's, folding is not undone exactly.
+        shard_bytes: of a file.
+        tokenizer: SentencePiece ``.model``, ``tokenizer.json`` or ``null:SIZE``; None for none.
+        advance: told the bytes of each parameter.
+    """
+    eos = hf_tokenizer.write(folder, tokenizer, max_length=source.config.model.seq_length)
+    _write_texts(folder, source, dtype or source.dtype("embedding.word_embeddings.weight"), eos)
+    names = name_map(source.config)
+    pieces = {name: names.pieces(name, shape.shape) for name, shape in source.parameters.items()}
+    dtypes = {name: dtype or source.dtype(name) for name in pieces}
+    specs = [Spec(piece.name, piece.shape, dtypes[name]) for name in pieces for piece in pieces[name]]
+    corrected = [
+        Spec(piece.name, piece.shape, torch.int8)
+        for name in pieces
+        for piece in pieces[name]
+        if dtypes[name] == source.dtype(name) and piece.factor != 1.0
+    ]
+    undone = {spec.name for spec in corrected}
+    with (
+        TensorWriter(folder, specs, shard_bytes=shard_bytes) as weights,
+        TensorWriter(folder, corrected, stem=UNDO) as undo,
+    ):
+        for name, places in pieces.items():
+            tensor = source.read(name)
+            advance(tensor.nbytes)
+            for piece, part in zip(places, names.split(tensor, len(places)), strict=True):
+                out = part.contiguous()
+                corrections = fold_(out, piece.factor, undo=piece.name in undone, name=piece.name)
+                weights.write(piece.name, out.to(dtypes[name]))
+                if corrections is not None:
+                    undo.write(piece.name, corrections)
+
+
+def _write_texts(folder: Path, source: Source, dtype: torch.dtype, eos: int | None) -> None:
+    """Write the configs, and for our own class its code."""
+    config = source.config
+    content = hf_config.to_json(config, dtype=str(dtype).removeprefix("torch."), eos=eos)
+    generation = {"do_sample": True, "temperature": 1.0, "eos_token_id": eos, "pad_token_id": eos}
+    state = {"version": __version__, "progress": source.extras.progress, "radii": source.extras.radii}
+    for name, values in (("config.json", content), ("generation_config.json", generation), (STATE, state)):
+        (folder / name).write_text(json.dumps(values, indent=2) + "\n")
+    (folder / CONFIG).write_text(arguments.to_yaml(source.config), encoding="utf-8")
+    if hf_config.architecture(config) == OURS:
+        shutil.copyfile(Path(__file__).with_name(CODE_FILE), folder / CODE_FILE)
