@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -189,3 +190,24 @@ def _write_texts(folder: Path, source: Source, dtype: torch.dtype, eos: int | No
     (folder / CONFIG).write_text(arguments.to_yaml(source.config), encoding="utf-8")
     if hf_config.architecture(config) == OURS:
         shutil.copyfile(Path(__file__).with_name(CODE_FILE), folder / CODE_FILE)
+
+
+def load_transformers(folder: Path, dtype: torch.dtype) -> Any:
+    """Load a folder's model as transformers would; no code of the folder's is run.
+
+    Raises:
+        UsageError: transformers is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError("transformers is not installed; pip install megatron-hyperp[convert]") from error
+
+    name = hf_config.read_json(folder / "config.json")["architectures"][0]
+    kind: Any
+    if name == hf_config.OURS:
+        from megatron_hyperp.convert.modeling_hyperp import HyperPForCausalLM as kind
+    else:
+        kind = getattr(transformers, name)
+    transformers.utils.logging.disable_progress_bar()
+    return kind.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()

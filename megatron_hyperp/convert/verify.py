@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 
-from megatron_hyperp.convert import hf_config
+from megatron_hyperp.convert.huggingface import load_transformers
 from megatron_hyperp.convert.hyperp import HyperPSource
 from megatron_hyperp.convert.source import Source
 from megatron_hyperp.errors import UsageError
@@ -84,17 +83,7 @@ def compare_logits(source: Source, folder: Path, dtype: torch.dtype) -> str:
 @torch.no_grad()
 def logits_of_transformers(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Return the logits [batch, sequence, V] of a folder's model in fp32; no code of the folder's is run."""
-    import transformers
-
-    content = hf_config.read_json(folder / "config.json")
-    name = content["architectures"][0]
-    kind: Any
-    if name == hf_config.OURS:
-        from megatron_hyperp.convert.modeling_hyperp import HyperPForCausalLM as kind
-    else:
-        kind = getattr(transformers, name)
-    transformers.utils.logging.disable_progress_bar()
-    model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    model = load_transformers(folder, torch.float32)
     result: torch.Tensor = model(tokens).logits
     return result
 

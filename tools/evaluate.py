@@ -1,0 +1,43 @@
+"""Loss and perplexity of a checkpoint of ours on a corpus (tools/preprocess_data.py), on one device, in fp32.
+
+Documents are read one after the other, as in training, in windows of the model's length; each token but the first is
+predicted once. A model that no device holds is evaluated by its export to Hugging Face (docs/checkpoints.md).
+"""
+
+import argparse
+import json
+
+from megatron_hyperp.convert.hyperp import HyperPSource
+from megatron_hyperp.data.arguments import positive_int
+from megatron_hyperp.data.datasets import check_vocabulary
+from megatron_hyperp.data.indexed import check_prefix
+from megatron_hyperp.errors import UsageError, run_command
+from megatron_hyperp.training.evaluation import evaluate, windows
+from megatron_hyperp.training.inference import model_on_one_rank
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate and print one line."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog="--debug shows the traceback of an error.")
+    parser.add_argument("checkpoint", help="folder of an iteration, or of several: then the newest")
+    parser.add_argument("--data-path", required=True, metavar="PREFIX", help="corpus: PREFIX.bin and PREFIX.idx")
+    parser.add_argument("--tokens", type=positive_int, help="evaluate the first so many [all]")
+    parser.add_argument("--micro-batch-size", type=positive_int, default=1, help="sequences at a time [1]")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(argv)
+    source = HyperPSource(options.checkpoint)
+    info = check_prefix(options.data_path)
+    check_vocabulary(options.data_path, source.config.model.vocab_size)
+    if info.num_tokens < 2:
+        raise UsageError(f"{options.data_path} has {info.num_tokens} token(s), of which none can be predicted")
+    sequences = windows(options.data_path, source.config.model.seq_length, options.tokens)
+    with model_on_one_rank(source.config, source.read) as logits:
+        result = evaluate(logits, sequences, options.micro_batch_size)
+    if options.json:
+        print(json.dumps({"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}))
+    else:
+        print(f"loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, over {result.tokens:,} tokens")
+
+
+if __name__ == "__main__":
+    run_command(main)
