@@ -7,13 +7,17 @@ file, so that a killed save never becomes the latest. Its ``config.yaml`` is the
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import multiprocessing
 import os
 import random
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Sequence
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +28,9 @@ import torch.distributed as dist
 from megatron_hyperp import __version__, arguments
 from megatron_hyperp.config import Config
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.processes import die_with_parent
 from megatron_hyperp.training.logging import CONFIG_FILE
+from megatron_hyperp.training.signals import SIGNALS
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -148,6 +154,7 @@ def save_checkpoint(
         "balance": None if balance is None else balance.state(),
         "fp8": None if scales is None else scales.state(),
     }
+    _start_manager()
     dist_checkpointing.save(state, str(partial))
     dist.barrier()
     if dist.get_rank() == 0:
@@ -158,6 +165,26 @@ def save_checkpoint(
         _drop_old(root, config.checkpoint.keep, progress.iteration)
     dist.barrier()
     return folder
+
+
+@functools.cache
+def _start_manager() -> None:
+    """Start the process through which Megatron-Core's writers report, in place of its own.
+
+    A signal to all processes of a job, as Slurm sends it, would end that one before the checkpoint that it asks for;
+    and the death of its rank would not, so that it kept the rank's output open.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(_serve_quietly, (os.getpid(),))
+    filesystem_async._results_queue = manager.Queue()
+
+
+def _serve_quietly(parent: int) -> None:
+    die_with_parent(parent)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def load_checkpoint(
