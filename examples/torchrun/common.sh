@@ -14,6 +14,9 @@ refuse() {
   exit 2
 }
 
+# show WORDS: print a command as one would type it.
+show() { printf '%q ' "$@" && echo; }
+
 # --- What runs ---------------------------------------------------------------------------------------------------------
 
 # Python, with torchrun's module beside it: that of the set-up if there is one, else the first (a container's, say).
@@ -23,7 +26,7 @@ fi
 
 # Processes on this node, one per GPU.
 if [ -z "${NPROC_PER_NODE-}" ]; then
-  NPROC_PER_NODE=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+  NPROC_PER_NODE=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
   [ "$NPROC_PER_NODE" -gt 0 ] || refuse "nvidia-smi finds no GPU here; set NPROC_PER_NODE to the number of processes"
 fi
 
@@ -105,7 +108,7 @@ pretrain() {
   local launch=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC_PER_NODE" --max-restarts "$MAX_RESTARTS"
     --signals-to-handle "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" --shutdown-timeout "$SHUTDOWN_TIMEOUT" "$@")
   if [ "${DRY_RUN:-0}" = 1 ]; then
-    echo "${launch[*]} ${training[*]} ${folders[*]} ${flags[*]}"
+    show "${launch[@]}" "${training[@]}" "${folders[@]}" "${flags[@]}"
     exec "$PYTHON" "${training[@]}" "${flags[@]}" --dry-run --world-size $((NPROC_PER_NODE * ${NNODES:-1}))
   fi
   exec "${launch[@]}" "${training[@]}" "${folders[@]}" "${flags[@]}"

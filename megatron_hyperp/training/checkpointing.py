@@ -1,36 +1,24 @@
-"""Checkpoints: one folder per iteration in Megatron-Core's torch_dist format, loadable under any layout.
-
-A checkpoint is written into a folder of another name, renamed when it is complete, and only then named in the tracker
-file, so that a killed save never becomes the latest. Its ``config.yaml`` is the run's resolved config.
-"""
+"""Checkpoints: one folder per iteration in Megatron-Core's torch_dist format, loadable under any layout."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
-import multiprocessing
-import os
 import random
 import re
-import shutil
-import signal
 import tempfile
 from collections.abc import Sequence
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from megatron_hyperp import __version__, arguments
+from megatron_hyperp import arguments
 from megatron_hyperp.config import Config
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.processes import die_with_parent
+from megatron_hyperp.files import write_atomically
 from megatron_hyperp.training.logging import CONFIG_FILE
-from megatron_hyperp.training.signals import SIGNALS
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -70,7 +58,7 @@ def find_checkpoint(root: str | Path) -> Path | None:
     content = tracker.read_text(errors="replace").strip()
     folder = checkpoint_folder(root, int(content)) if re.fullmatch(r"[0-9]{1,12}", content) else None
     if folder is None or not _is_complete(folder):
-        found = ", ".join(path.name for path in _complete_checkpoints(root)) or "none"
+        found = ", ".join(path.name for path in complete_checkpoints(root)) or "none"
         raise UsageError(
             f"{tracker} names iteration {content[:20]!r}, which is not a checkpoint in {root}; complete ones there:"
             f" {found}; name one with --load {root}/iter_..."
@@ -108,85 +96,6 @@ def check_writable(folder: str | Path, flag: str) -> None:
         raise UsageError(f"{flag} {folder} cannot be written ({error.strerror}); give a folder that can") from error
 
 
-def save_checkpoint(
-    config: Config,
-    progress: Progress,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: Any,
-    balance: Any = None,
-    scales: Any = None,
-    run_id: str | None = None,
-) -> Path:
-    """Write a checkpoint, make it the latest, drop those beyond ``--keep``; a collective call.
-
-    Args:
-        config: resolved config with ``checkpoint.save`` set.
-        progress: where the run stands.
-        chunks: this rank's pipeline chunks.
-        optimizer: the Megatron optimizer.
-        balance: loads of a mixture of experts; None for a dense model.
-        scales: of delayed scaling in emulated FP8, if there are any.
-        run_id: of the Weights & Biases run, so that a resumed run continues it.
-
-    Returns:
-        The checkpoint's folder.
-    """
-    from megatron.core import dist_checkpointing
-
-    assert config.checkpoint.save is not None
-    root = Path(config.checkpoint.save)
-    folder = checkpoint_folder(root, progress.iteration)
-    partial = folder.with_name(f"partial_{folder.name}")
-    if dist.get_rank() == 0:
-        for leftover in root.glob("partial_*"):
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-        _write_durably(partial / CONFIG_FILE, _config_text(config))
-    dist.barrier()
-    history = keeps_fp8_history(config)
-    state = _sharded_state(chunks, optimizer, with_random_state=True, with_fp8_state=history)
-    state |= {
-        "fp8_history": history,
-        "progress": dataclasses.asdict(progress),
-        "layout": _layout(),
-        "version": __version__,
-        "run_id": run_id,
-        "balance": None if balance is None else balance.state(),
-        "fp8": None if scales is None else scales.state(),
-    }
-    _start_manager()
-    dist_checkpointing.save(state, str(partial))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        if folder.exists():
-            os.replace(folder, folder.with_name(f"partial_old_{folder.name}"))
-        os.replace(partial, folder)
-        _write_durably(root / TRACKER, f"{progress.iteration}\n")
-        _drop_old(root, config.checkpoint.keep, progress.iteration)
-    dist.barrier()
-    return folder
-
-
-@functools.cache
-def _start_manager() -> None:
-    """Start the process through which Megatron-Core's writers report, in place of its own.
-
-    A signal to all processes of a job, as Slurm sends it, would end that one before the checkpoint that it asks for;
-    and the death of its rank would not, so that it kept the rank's output open.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    manager.start(_serve_quietly, (os.getpid(),))
-    filesystem_async._results_queue = manager.Queue()
-
-
-def _serve_quietly(parent: int) -> None:
-    die_with_parent(parent)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
 def load_checkpoint(
     config: Config,
     folder: Path,
@@ -213,9 +122,9 @@ def load_checkpoint(
     logging.disable(logging.WARNING)
     try:
         common = dist_checkpointing.load_common_state_dict(str(folder))
-        same_layout = common.get("layout") == _layout()
+        same_layout = common.get("layout") == layout()
         history = same_layout and common.get("fp8_history", False) and keeps_fp8_history(config)
-        state = _sharded_state(chunks, optimizer, with_random_state=same_layout, with_fp8_state=history)
+        state = sharded_state(chunks, optimizer, with_random_state=same_layout, with_fp8_state=history)
         loaded = dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:
         # Torch's exception is no Exception, and holds the reasons by rank.
@@ -271,9 +180,17 @@ def _sharded_model(chunk: torch.nn.Module, *, with_fp8_state: bool) -> dict[str,
     return {name: entry for name, entry in state.items() if with_fp8_state or not _is_extra_state(name)}
 
 
-def _sharded_state(
+def sharded_state(
     chunks: Sequence[torch.nn.Module], optimizer: Any, *, with_random_state: bool, with_fp8_state: bool
 ) -> dict[str, Any]:
+    """Describe weights and optimizer, under ``model0``, ... (one of each pipeline chunk) and ``optimizer``.
+
+    Args:
+        chunks: this rank's pipeline chunks.
+        optimizer: the Megatron optimizer.
+        with_random_state: also this rank's random states, under ``rng``.
+        with_fp8_state: also the history of TransformerEngine's FP8 scales.
+    """
     models = {
         f"model{index}": _sharded_model(chunk, with_fp8_state=with_fp8_state) for index, chunk in enumerate(chunks)
     }
@@ -302,7 +219,7 @@ def _random_state() -> Any:
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
-    return ShardedObject("rng_state", [content], tuple(_layout()[:3]), ranks)
+    return ShardedObject("rng_state", [content], tuple(layout()[:3]), ranks)
 
 
 def _restore_random_state(content: dict[str, Any]) -> None:
@@ -316,7 +233,7 @@ def _restore_random_state(content: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(content["tracker"])
 
 
-def _layout() -> list[int]:
+def layout() -> list[int]:
     """Return the sizes of pipeline, tensor and data parallelism, and the pipeline chunks per rank."""
     from megatron.core import parallel_state
 
@@ -328,43 +245,27 @@ def _layout() -> list[int]:
     ]
 
 
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in (CONFIG_FILE, "metadata.json", ".metadata", "common.pt"))
 
 
-def _complete_checkpoints(root: Path) -> list[Path]:
+def complete_checkpoints(root: Path) -> list[Path]:
     """Return the complete checkpoints under ``root``, oldest iteration first."""
     folders = [path for path in root.glob("iter_*") if re.fullmatch(r"iter_[0-9]+", path.name) and _is_complete(path)]
-    return sorted(folders, key=_iteration)
+    return sorted(folders, key=iteration_of)
 
 
-def _iteration(folder: Path) -> int:
+def iteration_of(folder: Path) -> int:
+    """Return the iteration of a checkpoint's folder."""
     return int(folder.name.removeprefix("iter_"))
-
-
-def _drop_old(root: Path, keep: int, latest: int) -> None:
-    """Delete what was replaced, and all but the newest ``keep`` checkpoints up to the latest."""
-    for leftover in root.glob("partial_*"):
-        shutil.rmtree(leftover)
-    if keep:
-        for folder in [path for path in _complete_checkpoints(root) if _iteration(path) <= latest][:-keep]:
-            shutil.rmtree(folder)
 
 
 def write_run_config(config: Config) -> None:
     """Write the resolved config into the run folder."""
-    _write_durably(Path(config.logging.run_dir) / CONFIG_FILE, _config_text(config))
+    write_atomically(Path(config.logging.run_dir) / CONFIG_FILE, config_text(config), durable=True)
 
 
-def _config_text(config: Config) -> str:
+def config_text(config: Config) -> str:
+    """Return the YAML of a resolved config, as runs and checkpoints keep it."""
     note = "# As resolved: sizes, multipliers and schedule are explicit and no longer follow from depth or optimizer.\n"
     return note + arguments.to_yaml(config)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from megatron_hyperp.training.meter import Meter
 from megatron_hyperp.training.phases import Phases
 from megatron_hyperp.training.preflight import agree, check
 from megatron_hyperp.training.profiling import FOLDER, Profiler
+from megatron_hyperp.training.saving import Saved, Saver
 from megatron_hyperp.training.setup import build, initialize_megatron
 from megatron_hyperp.training.signals import StopRequests
 
@@ -144,6 +144,7 @@ class Trainer:
             checkpointing.write_run_config(config)
         if resume_from is not None:
             self.writer.event(self.progress.iteration, "resumed", f"from {resume_from}")
+        self.saver = Saver(config, self._saved) if config.checkpoint.save else None
         self.alarms = Alarms(config.logging.alarm)
         self.profiler = Profiler(config, self.rank)
         self._losses: dict[int, float] = {}
@@ -233,11 +234,16 @@ class Trainer:
             wish = self._sound(row) if self.alarms and row else "warn"
             stopping = stopping or wish == "stop"
             interval = config.checkpoint.save_interval
-            if config.checkpoint.save and (stopping or wish == "save" or (interval and iteration % interval == 0)):
+            if self.saver and (stopping or wish == "save" or (interval and iteration % interval == 0)):
                 with meter.paused(), self.phases.phase("checkpoint"):
                     self._save()
+            elif self.saver:
+                self.saver.poll()
             if stopping:
                 break
+        if self.saver:
+            with self.phases.phase("checkpoint"):
+                self.saver.finish()
         self.console.stop_bar()
         if self.stopped:
             self.console.print(f"stopping: {self.stopped}", important=True)
@@ -375,18 +381,15 @@ class Trainer:
         return loss
 
     def _save(self) -> None:
-        started = time.monotonic()
-        folder = checkpointing.save_checkpoint(
-            self.config,
-            self.progress,
-            self.chunks,
-            self.optimizer,
-            self.balance,
-            self.scales,
-            run_id=self.writer.run_id,
+        assert self.saver is not None
+        self.saver.save(
+            self.progress, self.chunks, self.optimizer, self.balance, self.scales, run_id=self.writer.run_id
         )
-        self.console.print(f"saved {folder} in {time.monotonic() - started:.1f} s")
-        self.writer.event(self.progress.iteration, "saved", str(folder))
+
+    def _saved(self, saved: Saved) -> None:
+        waited = f", {saved.waited:.1f} s of them without training" if self.config.checkpoint.async_save else ""
+        self.console.print(f"saved {saved.folder} in {saved.seconds:.1f} s{waited}")
+        self.writer.event(saved.iteration, "saved", str(saved.folder))
 
     def close_reports(self) -> None:
         """Stop the progress bar, flush and close what writes metrics and traces."""

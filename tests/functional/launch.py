@@ -78,10 +78,10 @@ def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
     return sorted(found, key=lambda worker: int(worker.environ()["RANK"]))
 
 
-def wait_for_rows(folder: Path, rows: int, process: subprocess.Popen[str]) -> None:
-    """Wait until a run has written so many rows of metrics."""
+def wait_for_rows(folder: Path, rows: int, process: subprocess.Popen[str] | None) -> None:
+    """Wait until a run has written so many rows of metrics; it must not end before, where its launcher is given."""
     deadline = time.monotonic() + 200
     while not (folder / METRICS_FILE).exists() or len(read_metrics(folder)) < rows:
-        assert process.poll() is None, process.communicate()[1]
+        assert process is None or process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.01)
