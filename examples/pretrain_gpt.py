@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron_hyperp import arguments
 from megatron_hyperp.config import Config, flag_name
-from megatron_hyperp.errors import UsageError, run_command
+from megatron_hyperp.errors import EXIT_STOPPED, UsageError, run_command
 from megatron_hyperp.planning.arguments import DEFAULTS, add_cluster_flags, cluster_of
 
 
@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int:
             )
     from megatron_hyperp.training.loop import pretrain
 
-    return pretrain(config, world_size=world_size())
+    code = pretrain(config, world_size=world_size())
+    # Torchrun takes every code but 0 for a failure, and would start again what was asked to stop.
+    return 0 if code == EXIT_STOPPED and restarts() else code
 
 
 def rehearse(config: Config, options: dict[str, Any]) -> None:
@@ -71,13 +73,25 @@ def rehearse(config: Config, options: dict[str, Any]) -> None:
     dry_run(config, cluster, rank=rank, log=print)
 
 
+def restarts() -> bool:
+    """Whether torchrun starts all ranks again when one has failed."""
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
 def world_size() -> int:
     """Return the ranks that the launcher started, 1 without a launcher.
 
     Raises:
-        UsageError: several processes were started without torchrun's environment; each would train alone.
+        UsageError: several processes were started without torchrun's environment, so that each would train alone; or
+            torchrun could not restart them.
     """
     if "RANK" in os.environ:
+        if restarts() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            raise UsageError(
+                "torchrun --max-restarts would let restarted ranks look for each other where dead ones were (PyTorch"
+                " issue 135712); set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and give --standalone or --rdzv-backend c10d",
+                same_on_all_ranks=True,
+            )
         return int(os.environ["WORLD_SIZE"])
     for name in ("WORLD_SIZE", "SLURM_NTASKS"):
         if os.environ.get(name, "1") != "1":

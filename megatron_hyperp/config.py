@@ -277,6 +277,7 @@ class CheckpointConfig:
     load: str | None = knob(None, "folder to resume from; may be empty at the first start if it is the --save folder")
     save_interval: int = knob(0, "iterations between checkpoints; 0: only at the end")
     keep: int = knob(0, "newest checkpoints to keep; 0: all")
+    async_save: bool = knob(False, "write checkpoints beside the training; a save waits for the one before")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -11,13 +11,16 @@ from pathlib import Path
 from megatron_hyperp.errors import UsageError
 
 
-def write_atomically(path: Path, content: str | bytes, *, remedy: str = "choose another place") -> None:
+def write_atomically(
+    path: Path, content: str | bytes, *, remedy: str = "choose another place", durable: bool = False
+) -> None:
     """Write a file, and its folder if there is none.
 
     Args:
         path: the file.
         content: text is written as UTF-8.
         remedy: what a user can do where that fails.
+        durable: wait until it is on the disk, so that the loss of power leaves it whole as well.
 
     Raises:
         UsageError: the file cannot be written.
@@ -25,7 +28,11 @@ def write_atomically(path: Path, content: str | bytes, *, remedy: str = "choose 
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        with temporary.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}; {remedy}") from error

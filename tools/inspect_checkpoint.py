@@ -3,7 +3,6 @@
 import argparse
 import fnmatch
 import json
-from pathlib import Path
 from typing import Any
 
 from megatron_hyperp import arguments
@@ -27,7 +26,7 @@ def main(argv: list[str]) -> int:
     """Inspect one checkpoint, or compare two; return 1 if two differ."""
     options = _parse(argv)
     if options.diff:
-        return _compare(*map(HyperPSource, options.diff), options)
+        return _compare(HyperPSource(options.diff[0]), HyperPSource(options.diff[1]), options)
     source = HyperPSource(options.checkpoint)
     if options.config:
         print(arguments.to_yaml(source.config), end="")

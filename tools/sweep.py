@@ -4,6 +4,7 @@ The sweep goes on where it was interrupted or killed; trainings that are in the 
 """
 
 import argparse
+import shlex
 from pathlib import Path
 
 from megatron_hyperp.data.arguments import positive_int
@@ -12,7 +13,9 @@ from megatron_hyperp.scaling import slurm
 from megatron_hyperp.scaling.spec import Spec
 from megatron_hyperp.scaling.sweep import Sweep, trainer_command
 
-ENTRY = Path(__file__).resolve().parents[1] / "examples" / "pretrain_gpt.py"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ENTRY = EXAMPLES / "pretrain_gpt.py"
+TEMPLATE = EXAMPLES / "slurm" / "sweep.sbatch"
 
 
 def main(argv: list[str]) -> None:
@@ -25,8 +28,9 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"--task is {options.task}; {options.spec} has the tasks 0 to {len(spec.series) - 1}")
     if options.slurm or options.print_slurm:
         words = [str(Path(__file__).resolve()), options.spec, "--output", str(folder), "--csv", str(table)]
-        text = slurm.script(spec, words, name=Path(options.spec).stem, folder=folder, workers=options.workers)
-        print(text if options.print_slurm else f"{slurm.submit(text, folder)}; the results go to {table}")
+        name = Path(options.spec).stem
+        array = slurm.array(spec, TEMPLATE, words, name=name, folder=folder, workers=options.workers)
+        print(shlex.join(array) if options.print_slurm else f"{slurm.submit(array, folder)}; the results go to {table}")
         return
     sweep = Sweep(spec, folder=folder, table=table, command=trainer_command(ENTRY))
     if options.list:
@@ -65,7 +69,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--list", action="store_true", help="print the trainings and what is known of them; train none")
     where.add_argument("--slurm", action="store_true", help="submit a job array, one task for each series of trainings")
-    where.add_argument("--print-slurm", action="store_true", help="print the script of the job array")
+    where.add_argument("--print-slurm", action="store_true", help="print the sbatch command that submits the array")
     where.add_argument("--task", type=int, metavar="INDEX", help="train one series: what a task of the array does")
     return parser.parse_args(argv)
 

@@ -6,7 +6,6 @@ table depends on the results alone, not on the order in which they came or on ho
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import math
 import os
@@ -18,11 +17,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO
 
 from megatron_hyperp import arguments
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.processes import die_with_parent
 from megatron_hyperp.scaling.ledger import FAILED, LOG_FILE, Ledger, Result, judge, last_line
 from megatron_hyperp.scaling.point import Point
 from megatron_hyperp.scaling.spec import Series, Spec, apply
@@ -31,7 +32,6 @@ CONFIG_FILE = "sweep_config.yaml"
 LOCK_FILE = "lock"
 SECONDS_TO_END = 20.0
 SECONDS_BETWEEN_LOOKS = 0.1
-PR_SET_PDEATHSIG = 1
 Command = Callable[[Path, int], list[str]]
 
 
@@ -175,7 +175,8 @@ class Sweep:
                 env=_environment(slot, self.spec.ranks),
                 pass_fds=[lock.fileno()],
                 start_new_session=True,
-                preexec_fn=_dies_with(os.getpid(), last_signal),
+                # Outside Linux the lock of the run's folder tells the next sweep that a child has outlived this one.
+                preexec_fn=partial(die_with_parent, os.getpid(), last_signal),
             )
         return Training(point, process, lock, slot, time.monotonic())
 
@@ -252,22 +253,6 @@ def _environment(slot: int, ranks: int) -> dict[str, str]:
         own = [devices[(slot * ranks + rank) % len(devices)] for rank in range(ranks)]
         environment["CUDA_VISIBLE_DEVICES"] = ",".join(own)
     return environment
-
-
-def _dies_with(parent: int, last_signal: signal.Signals) -> Callable[[], None]:
-    """Return what a child does first: have the kernel send it a signal when the sweep dies, SIGKILL included.
-
-    Outside Linux nothing does; there the lock of the run's folder tells the next sweep that a child has outlived it.
-    """
-    prctl = getattr(ctypes.CDLL(None), "prctl", None)
-
-    def first() -> None:
-        if prctl is not None:
-            prctl(PR_SET_PDEATHSIG, int(last_signal), 0, 0, 0)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return first
 
 
 @contextmanager

@@ -1,17 +1,11 @@
-"""Checkpoints: one folder per iteration in Megatron-Core's torch_dist format, loadable under any layout.
-
-A checkpoint is written into a folder of another name, renamed when it is complete, and only then named in the tracker
-file, so that a killed save never becomes the latest. Its ``config.yaml`` is the run's resolved config.
-"""
+"""Checkpoints: one folder per iteration in Megatron-Core's torch_dist format, loadable under any layout."""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 import random
 import re
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from megatron_hyperp import __version__, arguments
+from megatron_hyperp import arguments
 from megatron_hyperp.config import Config
 from megatron_hyperp.convert.pickles import load_values
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.files import write_atomically
 from megatron_hyperp.training.logging import CONFIG_FILE
 
 # Of the state that all ranks share: a checkpoint without optimizer state, with which a training begins; and the radii
@@ -122,67 +116,6 @@ def check_writable(folder: str | Path, flag: str) -> None:
         raise UsageError(f"{flag} {folder} cannot be written ({error.strerror}); give a folder that can") from error
 
 
-def save_checkpoint(
-    config: Config,
-    progress: Progress,
-    chunks: Sequence[torch.nn.Module],
-    optimizer: Any,
-    balance: Any = None,
-    scales: Any = None,
-    run_id: str | None = None,
-    radii: dict[str, float] | None = None,
-) -> Path:
-    """Write a checkpoint, make it the latest, drop those beyond ``--keep``; a collective call.
-
-    Args:
-        config: resolved config with ``checkpoint.save`` set.
-        progress: where the run stands.
-        chunks: this rank's pipeline chunks.
-        optimizer: the Megatron optimizer.
-        balance: loads of a mixture of experts; None for a dense model.
-        scales: of delayed scaling in emulated FP8, if there are any.
-        run_id: of the Weights & Biases run, so that a resumed run continues it.
-        radii: of spheres that do not follow from shapes.
-
-    Returns:
-        The checkpoint's folder.
-    """
-    from megatron.core import dist_checkpointing
-
-    assert config.checkpoint.save is not None
-    root = Path(config.checkpoint.save)
-    folder = checkpoint_folder(root, progress.iteration)
-    partial = folder.with_name(f"partial_{folder.name}")
-    if dist.get_rank() == 0:
-        for leftover in root.glob("partial_*"):
-            shutil.rmtree(leftover)
-        partial.mkdir(parents=True)
-        _write_durably(partial / CONFIG_FILE, _config_text(config))
-    dist.barrier()
-    history = keeps_fp8_history(config)
-    state = _sharded_state(chunks, optimizer, with_random_state=True, with_fp8_state=history)
-    state |= {
-        "fp8_history": history,
-        "progress": dataclasses.asdict(progress),
-        "layout": _layout(),
-        "version": __version__,
-        "run_id": run_id,
-        RADII: radii,
-        "balance": None if balance is None else balance.state(),
-        "fp8": None if scales is None else scales.state(),
-    }
-    dist_checkpointing.save(state, str(partial))
-    dist.barrier()
-    if dist.get_rank() == 0:
-        if folder.exists():
-            os.replace(folder, folder.with_name(f"partial_old_{folder.name}"))
-        os.replace(partial, folder)
-        _write_durably(root / TRACKER, f"{progress.iteration}\n")
-        _drop_old(root, config.checkpoint.keep, progress.iteration)
-    dist.barrier()
-    return folder
-
-
 def load_checkpoint(
     config: Config,
     folder: Path,
@@ -210,7 +143,7 @@ def load_checkpoint(
     logging.disable(logging.WARNING)
     try:
         common = dist_checkpointing.load_common_state_dict(str(folder))
-        same_layout = common.get("layout") == _layout()
+        same_layout = common.get("layout") == layout()
         history = same_layout and common.get("fp8_history", False) and keeps_fp8_history(config)
         weights_only = common.get(WEIGHTS_ONLY, False)
         if weights_only:
@@ -218,7 +151,7 @@ def load_checkpoint(
             optimizer.exchange.finish_param_sync()
             state = _sharded_models(chunks, with_fp8_state=False)
         else:
-            state = _sharded_state(chunks, optimizer, with_random_state=same_layout, with_fp8_state=history)
+            state = sharded_state(chunks, optimizer, with_random_state=same_layout, with_fp8_state=history)
         loaded = dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:
         # Torch's exception is no Exception, and holds the reasons by rank.
@@ -281,9 +214,17 @@ def _sharded_models(chunks: Sequence[torch.nn.Module], *, with_fp8_state: bool) 
     return {f"model{index}": _sharded_model(chunk, with_fp8_state=with_fp8_state) for index, chunk in enumerate(chunks)}
 
 
-def _sharded_state(
+def sharded_state(
     chunks: Sequence[torch.nn.Module], optimizer: Any, *, with_random_state: bool, with_fp8_state: bool
 ) -> dict[str, Any]:
+    """Describe weights and optimizer, under ``model0``, ... (one of each pipeline chunk) and ``optimizer``.
+
+    Args:
+        chunks: this rank's pipeline chunks.
+        optimizer: the Megatron optimizer.
+        with_random_state: also this rank's random states, under ``rng``.
+        with_fp8_state: also the history of TransformerEngine's FP8 scales.
+    """
     models = _sharded_models(chunks, with_fp8_state=with_fp8_state)
     state: dict[str, Any] = {**models, "optimizer": optimizer.sharded_state_dict(models)}
     if with_random_state:
@@ -310,7 +251,7 @@ def _random_state() -> Any:
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
-    return ShardedObject("rng_state", [content], tuple(_layout()[:3]), ranks)
+    return ShardedObject("rng_state", [content], tuple(layout()[:3]), ranks)
 
 
 def _restore_random_state(content: dict[str, Any]) -> None:
@@ -324,7 +265,7 @@ def _restore_random_state(content: dict[str, Any]) -> None:
     tensor_parallel.get_cuda_rng_tracker().set_states(content["tracker"])
 
 
-def _layout() -> list[int]:
+def layout() -> list[int]:
     """Return the sizes of pipeline, tensor and data parallelism, and the pipeline chunks per rank."""
     from megatron.core import parallel_state
 
@@ -336,15 +277,6 @@ def _layout() -> list[int]:
     ]
 
 
-def _write_durably(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def _is_complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in (CONFIG_FILE, "metadata.json", ".metadata", "common.pt"))
 
@@ -352,27 +284,20 @@ def _is_complete(folder: Path) -> bool:
 def complete_checkpoints(root: Path) -> list[Path]:
     """Return the complete checkpoints under ``root``, oldest iteration first."""
     folders = [path for path in root.glob("iter_*") if re.fullmatch(r"iter_[0-9]+", path.name) and _is_complete(path)]
-    return sorted(folders, key=_iteration)
+    return sorted(folders, key=iteration_of)
 
 
-def _iteration(folder: Path) -> int:
+def iteration_of(folder: Path) -> int:
+    """Return the iteration of a checkpoint's folder."""
     return int(folder.name.removeprefix("iter_"))
-
-
-def _drop_old(root: Path, keep: int, latest: int) -> None:
-    """Delete what was replaced, and all but the newest ``keep`` checkpoints up to the latest."""
-    for leftover in root.glob("partial_*"):
-        shutil.rmtree(leftover)
-    if keep:
-        for folder in [path for path in complete_checkpoints(root) if _iteration(path) <= latest][:-keep]:
-            shutil.rmtree(folder)
 
 
 def write_run_config(config: Config) -> None:
     """Write the resolved config into the run folder."""
-    _write_durably(Path(config.logging.run_dir) / CONFIG_FILE, _config_text(config))
+    write_atomically(Path(config.logging.run_dir) / CONFIG_FILE, config_text(config), durable=True)
 
 
-def _config_text(config: Config) -> str:
+def config_text(config: Config) -> str:
+    """Return the YAML of a resolved config, as runs and checkpoints keep it."""
     note = "# As resolved: sizes, multipliers and schedule are explicit and no longer follow from depth or optimizer.\n"
     return note + arguments.to_yaml(config)

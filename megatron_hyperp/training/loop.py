@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from megatron_hyperp.training.meter import Meter
 from megatron_hyperp.training.phases import Phases
 from megatron_hyperp.training.preflight import agree, check
 from megatron_hyperp.training.profiling import FOLDER, Profiler
+from megatron_hyperp.training.saving import Saved, Saver
 from megatron_hyperp.training.setup import build, initialize_megatron
 from megatron_hyperp.training.signals import StopRequests
 
@@ -147,6 +147,7 @@ class Trainer:
             checkpointing.write_run_config(config)
         if resume_from is not None:
             self.writer.event(self.progress.iteration, "resumed", f"from {resume_from}")
+        self.saver = self._build_saver()
         self.alarms = Alarms(config.logging.alarm)
         self.profiler = Profiler(config, self.rank)
         self._losses: dict[int, float] = {}
@@ -236,11 +237,16 @@ class Trainer:
             wish = self._sound(row) if self.alarms and row else "warn"
             stopping = stopping or wish == "stop"
             interval = config.checkpoint.save_interval
-            if config.checkpoint.save and (stopping or wish == "save" or (interval and iteration % interval == 0)):
+            if self.saver and (stopping or wish == "save" or (interval and iteration % interval == 0)):
                 with meter.paused(), self.phases.phase("checkpoint"):
                     self._save()
+            elif self.saver:
+                self.saver.poll()
             if stopping:
                 break
+        if self.saver:
+            with self.phases.phase("checkpoint"):
+                self.saver.finish()
         self.console.stop_bar()
         if self.stopped:
             self.console.print(f"stopping: {self.stopped}", important=True)
@@ -377,20 +383,18 @@ class Trainer:
         self.console.print(f"held-out loss {loss:.4f} at iteration {self.progress.iteration}")
         return loss
 
+    def _build_saver(self) -> Saver | None:
+        parts = self.chunks, self.optimizer, self.balance, self.scales
+        return Saver(self.config, *parts, radii=self.radii, said=self._saved) if self.config.checkpoint.save else None
+
     def _save(self) -> None:
-        started = time.monotonic()
-        folder = checkpointing.save_checkpoint(
-            self.config,
-            self.progress,
-            self.chunks,
-            self.optimizer,
-            self.balance,
-            self.scales,
-            run_id=self.writer.run_id,
-            radii=self.radii,
-        )
-        self.console.print(f"saved {folder} in {time.monotonic() - started:.1f} s")
-        self.writer.event(self.progress.iteration, "saved", str(folder))
+        assert self.saver is not None
+        self.saver.save(self.progress, run_id=self.writer.run_id)
+
+    def _saved(self, saved: Saved) -> None:
+        waited = f", {saved.waited:.1f} s of them without training" if self.config.checkpoint.async_save else ""
+        self.console.print(f"saved {saved.folder} in {saved.seconds:.1f} s{waited}")
+        self.writer.event(saved.iteration, "saved", str(saved.folder))
 
     def close_reports(self) -> None:
         """Stop the progress bar, flush and close what writes metrics and traces."""

@@ -60,6 +60,11 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
         checkpointing.check_writable(config.logging.tensorboard_dir, "--tensorboard-dir")
     if config.checkpoint.save:
         checkpointing.check_writable(config.checkpoint.save, "--save")
+    elif config.checkpoint.async_save:
+        raise UsageError(
+            "--async-save has nothing to write without --save; give a folder for checkpoints, or leave it out",
+            same_on_all_ranks=True,
+        )
     return config, tokenizer, _checkpoint_to_load(config)
 
 

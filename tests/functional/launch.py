@@ -5,11 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_hyperp import arguments
 from megatron_hyperp.config import Config
+from megatron_hyperp.training.logging import METRICS_FILE, read_metrics
 from tests.run_distributed import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,3 +51,37 @@ def train(config: Path, *flags: Any, ranks: int = 1) -> str:
     result = run(config, *flags, ranks=ranks)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
+
+
+@contextmanager
+def launched(words: Sequence[str], **settings: Any) -> Iterator[subprocess.Popen[str]]:
+    """Start a launcher; see that nothing is left at the end.
+
+    Args:
+        words: of the command.
+        settings: environment variables.
+    """
+    environ = environment() | {name: str(value) for name, value in settings.items()}
+    process = subprocess.Popen(words, cwd=ROOT, env=environ, stderr=subprocess.PIPE, text=True)
+    try:
+        yield process
+    finally:
+        for worker in workers(process) if process.poll() is None else []:
+            worker.kill()
+        process.kill()
+        process.communicate()
+
+
+def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Return torchrun's workers by rank; they are not the processes that load data for them."""
+    found = [child for child in psutil.Process(launcher.pid).children() if ENTRY in child.cmdline()]
+    return sorted(found, key=lambda worker: int(worker.environ()["RANK"]))
+
+
+def wait_for_rows(folder: Path, rows: int, process: subprocess.Popen[str] | None) -> None:
+    """Wait until a run has written so many rows of metrics; it must not end before, where its launcher is given."""
+    deadline = time.monotonic() + 200
+    while not (folder / METRICS_FILE).exists() or len(read_metrics(folder)) < rows:
+        assert process is None or process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)

@@ -17,8 +17,9 @@ import pytest
 from megatron_hyperp import arguments
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training import compatibility
-from megatron_hyperp.training.checkpointing import TRACKER, _drop_old, find_checkpoint
-from megatron_hyperp.training.logging import read_metrics
+from megatron_hyperp.training.checkpointing import TRACKER, find_checkpoint
+from megatron_hyperp.training.logging import read_events, read_metrics
+from megatron_hyperp.training.saving import drop_old
 from tests import tolerances
 from tests.functional.launch import ENTRY, ROOT, command, environment, run, train, write_config
 from tests.run_distributed import free_port
@@ -109,6 +110,29 @@ def test_resume_is_bit_for_bit(workspace: Path, straight: Path, stopped: Path) -
             assert got[iteration][key] == expected[iteration][key], (iteration, key)
 
 
+def test_what_is_written_beside_the_training_is_of_its_iteration(workspace: Path, straight: Path) -> None:
+    folder = workspace / "async"
+    output = train(
+        workspace / "config.yaml",
+        *(*flags(folder, save="checkpoints"), "--async-save", "--save-interval", 3, "--log-interval", 1, *TP2),
+        ranks=2,
+    )
+    saves = [3, 6, 9, 12, 15, 18, 20]
+    assert [event["iteration"] for event in read_events(folder) if event["kind"] == "saved"] == saves
+    lines = output.splitlines()
+    [told] = [index for index, line in enumerate(lines) if line.startswith(f"saved {folder}/checkpoints/iter_0000006 ")]
+    assert lines[told].endswith(" s of them without training")
+    # The steps after the sixth were taken while it was written.
+    assert lines.index(next(line for line in lines if line.startswith("iteration 7/20 "))) < told
+    load = ("--load", folder / "checkpoints" / "iter_0000006")
+    again = workspace / "from-async"
+    train(workspace / "config.yaml", "--run-dir", again, *load, *TP2, ranks=2)
+    expected, got = training_rows(straight), training_rows(again)
+    for iteration in range(7, 21):
+        for key in ("loss", "grad_norm", "radius_drift"):
+            assert got[iteration][key] == expected[iteration][key], (iteration, key)
+
+
 @pytest.mark.parametrize(
     ("layout", "ranks"), [((), 1), (PP2, 2), ((), 2), (TP2, 4)], ids=["one rank", "PP2", "DP2", "TP2 x DP2"]
 )
@@ -195,9 +219,9 @@ def test_going_back_never_deletes_the_new_checkpoint(workspace: Path, straight: 
     assert result.returncode == 2
     assert "already holds checkpoints up to iter_0000020" in result.stderr
     assert {path.name for path in checkpoints.iterdir()} == {"iter_0000015", "iter_0000020", TRACKER}
-    _drop_old(checkpoints, keep=1, latest=15)
+    drop_old(checkpoints, keep=1, latest=15)
     assert {path.name for path in checkpoints.iterdir()} == {"iter_0000015", "iter_0000020", TRACKER}
-    _drop_old(checkpoints, keep=1, latest=20)
+    drop_old(checkpoints, keep=1, latest=20)
     assert {path.name for path in checkpoints.iterdir()} == {"iter_0000020", TRACKER}
 
 
@@ -281,6 +305,7 @@ def write_short_index(folder: Path, prefix: str) -> str:
         (["--load", "{stopped}", "--radius-scale", "2"], ["other spheres: radius_scale is 1.0 there, 2.0 here"]),
         (["--load", "{folder}"], ["holds no checkpoint"]),
         (["--tensorboard-dir", "/proc/nowhere"], ["--tensorboard-dir /proc/nowhere", "cannot be written"]),
+        (["--async-save"], ["--async-save", "--save"]),
         (["--save", "{stopped}"], ["already holds checkpoints", "--load {stopped}"]),
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) and str(value[0]).startswith("--") else "",

@@ -19,7 +19,7 @@ from megatron_hyperp.errors import EXIT_LOST_RANK, EXIT_STOPPED
 from megatron_hyperp.training.checkpointing import TRACKER
 from megatron_hyperp.training.logging import read_events, read_metrics
 from megatron_hyperp.training.signals import SECONDS_OF_ONE_REQUEST
-from tests.functional.launch import ENTRY, ROOT, command, environment, run, train, write_config
+from tests.functional.launch import command, launched, run, train, wait_for_rows, workers, write_config
 from tests.toy import toy_config, write_corpus
 
 
@@ -35,25 +35,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def started(workspace: Path, folder: Path, *flags: Any, after: int) -> Iterator[subprocess.Popen[str]]:
     """Start two ranks, wait until they have trained so many iterations; see that nothing is left at the end."""
     words = command(workspace / "config.yaml", "--run-dir", folder, *flags, ranks=2)
-    process = subprocess.Popen(words, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 200
-        while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder)) < after:
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+    with launched(words) as process:
+        wait_for_rows(folder, after, process)
         yield process
-    finally:
-        for worker in workers(process) if process.poll() is None else []:
-            worker.kill()
-        process.kill()
-        process.communicate()
-
-
-def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
-    """Return torchrun's workers by rank; they are not the processes that load data for them."""
-    found = [child for child in psutil.Process(launcher.pid).children() if ENTRY in child.cmdline()]
-    return sorted(found, key=lambda worker: int(worker.environ()["RANK"]))
 
 
 def saving(folder: Path) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -40,7 +41,18 @@ def test_greedy_tokens_are_the_likeliest(
 
 def test_sampling_follows_the_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_random(tmp_path / "a")
-    words = [str(tmp_path / "a"), "--prompt", "5 9 2", "--temperature", "1", "--samples", "2", "--max-new-tokens", "20", "--seed"]
+    words = [
+        str(tmp_path / "a"),
+        "--prompt",
+        "5 9 2",
+        "--temperature",
+        "1",
+        "--samples",
+        "2",
+        "--max-new-tokens",
+        "20",
+        "--seed",
+    ]
     told = []
     for seed in ("1", "1", "2"):
         generate.main([*words, seed])
@@ -71,7 +83,7 @@ def test_windows_hold_every_token_once(tmp_path: Path) -> None:
     whole = [token for window in windows(prefix, 10**6, None) for token in window]
     cut = list(windows(prefix, 64, None))
     assert [cut[0][0], *(token for window in cut for token in window[1:])] == whole
-    assert all(window[0] == before[-1] for before, window in zip(cut, cut[1:], strict=False))
+    assert all(window[0] == before[-1] for before, window in itertools.pairwise(cut))
     assert sum(len(window) - 1 for window in windows(prefix, 64, 100)) == 100
 
 

@@ -330,9 +330,10 @@ def test_a_foreign_table_is_refused(content: dict[str, Any], tmp_path: Path) -> 
 
 
 def command_line(*words: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/sweep.py", *map(str, words)], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    """Run the tool where there is no sbatch."""
+    command = [sys.executable, "tools/sweep.py", *map(str, words)]
+    environ = {**os.environ, "PATH": ""}
+    return subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
 
 
 def test_command_line(content: dict[str, Any], tmp_path: Path) -> None:
@@ -342,10 +343,10 @@ def test_command_line(content: dict[str, Any], tmp_path: Path) -> None:
     listed = command_line(spec, "--list", "--output", tmp_path / "runs")
     assert listed.returncode == 0, listed.stderr
     assert listed.stdout.count("to train") == 6
-    script = command_line(spec, "--print-slurm", "--workers", 2).stdout
-    assert "#SBATCH --array=0-1%2\n" in script
-    assert "#SBATCH --time=01:00:00\n#SBATCH --gpus-per-task=1\n" in script
-    assert '--task "$SLURM_ARRAY_TASK_ID"' in script
+    printed = command_line(spec, "--print-slurm", "--workers", 2).stdout
+    assert "sbatch --job-name=grid --array=0-1%2 " in printed
+    assert "--time=01:00:00 --gpus-per-task=1 " in printed
+    assert f"{ROOT / 'examples/slurm/sweep.sbatch'} {sys.executable} {ROOT / 'tools/sweep.py'} {spec}" in printed
     for words, message in [
         ((spec, "--task", 2), "--task is 2; "),
         ((tmp_path / "missing.yaml",), "cannot be read"),
@@ -360,11 +361,15 @@ def test_command_line(content: dict[str, Any], tmp_path: Path) -> None:
 
 def test_submission(content: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sbatch = tmp_path / "sbatch"
-    sbatch.write_text('#!/bin/sh\ngrep -q "#SBATCH --array=0-1%4" "$1" || exit 1\necho Submitted batch job 7\n')
+    sbatch.write_text(
+        '#!/bin/sh\n[ "$2" = --array=0-1%4 ] && [ "$4" = examples/slurm/sweep.sbatch ] && echo Submitted batch job 7\n'
+    )
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    spec = Spec(content, source="sweep.yaml")
-    text = slurm.script(spec, ["tools/sweep.py", "sweep.yaml"], name="grid", folder=tmp_path, workers=4)
-    assert slurm.submit(text, tmp_path) == "Submitted batch job 7"
+    spec, folder = Spec(content, source="sweep.yaml"), tmp_path / "runs"
+    template = Path("examples/slurm/sweep.sbatch")
+    command = slurm.array(spec, template, ["tools/sweep.py", "sweep.yaml"], name="grid", folder=folder, workers=4)
+    assert slurm.submit(command, folder) == "Submitted batch job 7"
+    assert folder.is_dir()
     with pytest.raises(UsageError, match="sbatch refuses"):
-        slurm.submit("#!/bin/sh\n", tmp_path)
+        slurm.submit(["sbatch", "--array=0-5"], folder)

@@ -1,0 +1,194 @@
+"""Writing checkpoints: while training waits, or by a process beside it (``--async-save``).
+
+A checkpoint is written into a folder of another name, renamed when it is complete, and only then named in the tracker
+file, so that a killed save never becomes the latest. Its ``config.yaml`` is the run's resolved config.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing.managers import SyncManager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_hyperp import __version__
+from megatron_hyperp.config import Config
+from megatron_hyperp.files import write_atomically
+from megatron_hyperp.processes import die_with_parent
+from megatron_hyperp.training.checkpointing import (
+    RADII,
+    TRACKER,
+    Progress,
+    checkpoint_folder,
+    complete_checkpoints,
+    config_text,
+    iteration_of,
+    keeps_fp8_history,
+    layout,
+    sharded_state,
+)
+from megatron_hyperp.training.logging import CONFIG_FILE
+from megatron_hyperp.training.signals import SIGNALS
+
+
+@dataclasses.dataclass(slots=True)
+class Saved:
+    """A checkpoint that is complete.
+
+    Attributes:
+        folder: where it is.
+        iteration: of the run, when it was taken.
+        seconds: from its beginning to its end.
+        waited: of these, seconds in which nothing was trained.
+    """
+
+    folder: Path
+    iteration: int
+    seconds: float
+    waited: float
+
+
+class Saver:
+    """Writes the checkpoints of a run. All calls are collective.
+
+    With ``--async-save`` a save copies what is on a CUDA device to the host, forks a process that writes it (on CPU the
+    fork itself is the copy), and goes on; :meth:`poll` after each step sees whether all ranks are done. The next save
+    waits for the one before.
+
+    Args:
+        config: resolved config with ``checkpoint.save`` set.
+        chunks: this rank's pipeline chunks.
+        optimizer: the Megatron optimizer.
+        balance: loads of a mixture of experts; None for a dense model.
+        scales: of delayed scaling in emulated FP8, if there are any.
+        radii: of spheres that do not follow from shapes, by the parameter's name.
+        said: called on every rank for each checkpoint that is complete.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: Any,
+        balance: Any = None,
+        scales: Any = None,
+        *,
+        radii: dict[str, float] | None = None,
+        said: Callable[[Saved], None],
+    ) -> None:
+        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+
+        assert config.checkpoint.save is not None
+        self._config, self._said = config, said
+        self._chunks, self._optimizer, self._balance, self._scales = chunks, optimizer, balance, scales
+        self._radii = radii
+        self._root = Path(config.checkpoint.save)
+        self._queue = AsyncCallsQueue()
+
+    def save(self, progress: Progress, *, run_id: str | None = None) -> None:
+        """Write a checkpoint, make it the latest, drop those beyond ``--keep``; with ``--async-save``, begin to.
+
+        Args:
+            progress: where the run stands.
+            run_id: of the Weights & Biases run, so that a resumed run continues it.
+        """
+        from megatron.core import dist_checkpointing
+
+        self.finish()
+        saved = Saved(checkpoint_folder(self._root, progress.iteration), progress.iteration, -time.monotonic(), 0.0)
+        partial = _prepare(saved.folder, self._config)
+        _start_manager()
+        request = dist_checkpointing.save(self._state(progress, run_id), str(partial), async_sharded_save=True)
+        assert request is not None
+        request.add_finalize_fn(functools.partial(self._complete, partial, saved))
+        if self._config.checkpoint.async_save:
+            self._queue.schedule_async_request(request)
+            saved.waited = saved.seconds + time.monotonic()
+        else:
+            request.execute_sync()
+
+    def _state(self, progress: Progress, run_id: str | None) -> dict[str, Any]:
+        history = keeps_fp8_history(self._config)
+        state = sharded_state(self._chunks, self._optimizer, with_random_state=True, with_fp8_state=history)
+        return state | {
+            "fp8_history": history,
+            "progress": dataclasses.asdict(progress),
+            "layout": layout(),
+            "version": __version__,
+            "run_id": run_id,
+            RADII: self._radii,
+            "balance": None if self._balance is None else self._balance.state(),
+            "fp8": None if self._scales is None else self._scales.state(),
+        }
+
+    def poll(self) -> None:
+        """Complete the save that is under way, if all ranks have written their parts."""
+        if self._queue.get_num_unfinalized_calls():
+            self._queue.maybe_finalize_async_calls()
+
+    def finish(self) -> None:
+        """Wait for the save that is under way, if there is one."""
+        self._queue.maybe_finalize_async_calls(blocking=True)
+
+    def _complete(self, partial: Path, saved: Saved) -> None:
+        """Make what has been written the latest checkpoint."""
+        if dist.get_rank() == 0:
+            if saved.folder.exists():
+                os.replace(saved.folder, saved.folder.with_name(f"partial_old_{saved.folder.name}"))
+            os.replace(partial, saved.folder)
+            write_atomically(self._root / TRACKER, f"{saved.iteration}\n", durable=True)
+            drop_old(self._root, self._config.checkpoint.keep, saved.iteration)
+        dist.barrier()
+        saved.seconds += time.monotonic()
+        self._said(saved)
+
+
+def _prepare(folder: Path, config: Config) -> Path:
+    """Make the folder that is written into, with the run's config; return it."""
+    partial = folder.with_name(f"partial_{folder.name}")
+    if dist.get_rank() == 0:
+        for leftover in folder.parent.glob("partial_*"):
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+        write_atomically(partial / CONFIG_FILE, config_text(config), durable=True)
+    dist.barrier()
+    return partial
+
+
+def drop_old(root: Path, keep: int, latest: int) -> None:
+    """Delete what was replaced, and all but the newest ``keep`` checkpoints up to the latest."""
+    for leftover in root.glob("partial_*"):
+        shutil.rmtree(leftover)
+    if keep:
+        for folder in [path for path in complete_checkpoints(root) if iteration_of(path) <= latest][:-keep]:
+            shutil.rmtree(folder)
+
+
+@functools.cache
+def _start_manager() -> None:
+    """Start the process through which Megatron-Core's writers report, in place of its own.
+
+    A signal to all processes of a job, as Slurm sends it, would end that one before the checkpoint that it asks for;
+    and the death of its rank would not, so that it kept the rank's output open.
+    """
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
+    manager.start(_serve_quietly, (os.getpid(),))
+    filesystem_async._results_queue = manager.Queue()
+
+
+def _serve_quietly(parent: int) -> None:
+    die_with_parent(parent)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
