@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_hyperp.convert import hf_config
+from megatron_hyperp.convert import hf_config, megatron_lm
 from megatron_hyperp.convert.averaging import AverageSource, newest_checkpoints
 from megatron_hyperp.convert.hyperp import (
     HyperPSource,
@@ -79,6 +79,10 @@ def open_source(kind: str, path: str | Path) -> Source:
         from megatron_hyperp.convert.huggingface import HuggingFaceSource
 
         return HuggingFaceSource(path)
+    if kind == "megatron-lm":
+        from megatron_hyperp.convert.megatron_lm import MegatronSource
+
+        return MegatronSource(path)
     raise UsageError(f"--from {kind} is not known; allowed are {', '.join(FROM)}")
 
 
@@ -94,6 +98,8 @@ def convert(job: Job, *, dry_run: bool = False, say: Callable[[str], None] = pri
         _check_hf(job)
     else:
         check_layout(source, job.layout)
+    if job.target == "megatron-lm":
+        megatron_lm.check(source.config)
     size = sum(item.nbytes for item in stored_items(whole)) if whole else source.nbytes
     for line in describe(job, source, whole=whole is not None, size=size):
         say(line)
@@ -145,6 +151,8 @@ def describe(job: Job, source: Source, *, whole: bool, size: int) -> list[str]:
         lines.append(f"cut for TP {job.layout.tp}, PP {job.layout.pp}, EP {job.layout.ep}")
     if job.target == "hyperp" and not whole:
         lines.append("without optimizer state: a training that loads it begins at its first iteration")
+    if job.target == "megatron-lm":
+        lines.append(f"for Megatron-LM's flags --load {job.output} {megatron_lm.FLAGS}")
     if job.average:
         lines.append(f"mean of the newest {job.average} checkpoints, matrices put back on their spheres")
     return lines
@@ -165,6 +173,8 @@ def _write(
             tokenizer=None if tokenizer == "none" else tokenizer,
             advance=advance,
         )
+    elif job.target == "megatron-lm":
+        megatron_lm.write(partial, source, layout=job.layout, dtype=job.dtype, advance=advance)
     elif whole:
         write_resharded(partial, whole, layout=job.layout, advance=advance)
     else:

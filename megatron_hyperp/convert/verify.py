@@ -12,6 +12,7 @@ import torch
 from megatron_hyperp.convert import hf_config
 from megatron_hyperp.convert.hyperp import HyperPSource
 from megatron_hyperp.convert.source import Source
+from megatron_hyperp.convert.state import read_json
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training.inference import model_on_one_rank
 
@@ -86,7 +87,7 @@ def logits_of_transformers(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Return the logits [batch, sequence, V] of a folder's model in fp32; no code of the folder's is run."""
     import transformers
 
-    content = hf_config.read_json(folder / "config.json")
+    content = read_json(folder / "config.json")
     name = content["architectures"][0]
     kind: Any
     if name == hf_config.OURS:
