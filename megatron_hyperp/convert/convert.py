@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_hyperp.convert import hf_config
+from megatron_hyperp.convert import hf_config, megatron_lm
 from megatron_hyperp.convert.averaging import AverageSource, newest_checkpoints
 from megatron_hyperp.convert.hyperp import (
     HyperPSource,
@@ -45,6 +45,7 @@ class Job:
         average: so many of the newest checkpoints; 0: one.
         weights_only: leave out the optimizer's state.
         verify: compare the output with the input.
+        config: YAML of the model, for formats that have none.
     """
 
     source: str
@@ -59,6 +60,7 @@ class Job:
     average: int
     weights_only: bool
     verify: bool
+    config: str | None = None
 
     @property
     def resharding(self) -> bool:
@@ -67,8 +69,13 @@ class Job:
         return same and not (self.average or self.weights_only or self.dtype or self.radius == "from-weights")
 
 
-def open_source(kind: str, path: str | Path) -> Source:
+def open_source(kind: str, path: str | Path, config: str | None = None) -> Source:
     """Open a checkpoint in a format of :data:`FROM`.
+
+    Args:
+        kind: the format.
+        path: folder or file.
+        config: YAML of the model, for ArchScale's.
 
     Raises:
         UsageError: it is no such checkpoint, is damaged, or cannot be expressed here.
@@ -79,6 +86,14 @@ def open_source(kind: str, path: str | Path) -> Source:
         from megatron_hyperp.convert.huggingface import HuggingFaceSource
 
         return HuggingFaceSource(path)
+    if kind == "megatron-lm":
+        from megatron_hyperp.convert.megatron_lm import MegatronSource
+
+        return MegatronSource(path)
+    if kind == "archscale":
+        from megatron_hyperp.convert.archscale import ArchScaleSource
+
+        return ArchScaleSource(path, config)
     raise UsageError(f"--from {kind} is not known; allowed are {', '.join(FROM)}")
 
 
@@ -88,12 +103,15 @@ def convert(job: Job, *, dry_run: bool = False, say: Callable[[str], None] = pri
     Raises:
         UsageError: anything that cannot be done; nothing is left behind then.
     """
+    _check_flags(job)
     source = _source(job)
     whole = source if job.resharding and isinstance(source, HyperPSource) and source.whole else None
     if job.target == "hf":
         _check_hf(job)
     else:
         check_layout(source, job.layout)
+    if job.target == "megatron-lm":
+        megatron_lm.check(source.config)
     size = sum(item.nbytes for item in stored_items(whole)) if whole else source.nbytes
     for line in describe(job, source, whole=whole is not None, size=size):
         say(line)
@@ -110,9 +128,11 @@ def convert(job: Job, *, dry_run: bool = False, say: Callable[[str], None] = pri
 
 
 def _source(job: Job) -> Source:
+    if job.average and job.radius == "from-weights":
+        raise UsageError("--average puts matrices on the spheres of their run; leave out --radius from-weights")
     if job.average:
         return AverageSource(newest_checkpoints(job.input, job.average))
-    source = open_source(job.source, job.input)
+    source = open_source(job.source, job.input, job.config)
     if job.radius == "from-weights":
         from megatron_hyperp.convert.radii import take_radii_from_weights
 
@@ -120,11 +140,24 @@ def _source(job: Job) -> Source:
     return source
 
 
+def _check_flags(job: Job) -> None:
+    """Refuse flags that would have no effect."""
+    for flag, given, needed in (
+        ("--radius from-weights", job.radius == "from-weights" and job.target != "hyperp", "--to hyperp"),
+        ("--average", bool(job.average) and job.source != "hyperp", "--from hyperp"),
+        ("--weights-only", job.weights_only and not job.source == job.target == "hyperp", "--from and --to hyperp"),
+        ("--tokenizer", job.tokenizer is not None and job.target != "hf", "--to hf"),
+        ("--config", job.config is not None and job.source != "archscale", "--from archscale"),
+    ):
+        if given:
+            raise UsageError(f"{flag} needs {needed}; leave it out")
+    if job.verify and "hf" in (job.source, job.target) and importlib.util.find_spec("transformers") is None:
+        raise UsageError("--verify compares logits with transformers; pip install megatron-hyperp[convert]")
+
+
 def _check_hf(job: Job) -> None:
     if (job.layout.tp, job.layout.pp, job.layout.ep) != (1, 1, 1):
         raise UsageError("--tp, --pp and --ep cut torch_dist checkpoints; with --to hf give --max-shard-size instead")
-    if job.verify and importlib.util.find_spec("transformers") is None:
-        raise UsageError("--verify compares logits with transformers; pip install megatron-hyperp[convert]")
 
 
 def describe(job: Job, source: Source, *, whole: bool, size: int) -> list[str]:
@@ -145,6 +178,8 @@ def describe(job: Job, source: Source, *, whole: bool, size: int) -> list[str]:
         lines.append(f"cut for TP {job.layout.tp}, PP {job.layout.pp}, EP {job.layout.ep}")
     if job.target == "hyperp" and not whole:
         lines.append("without optimizer state: a training that loads it begins at its first iteration")
+    if job.target == "megatron-lm":
+        lines.append(f"for Megatron-LM's flags --load {job.output} {megatron_lm.FLAGS}")
     if job.average:
         lines.append(f"mean of the newest {job.average} checkpoints, matrices put back on their spheres")
     return lines
@@ -165,6 +200,8 @@ def _write(
             tokenizer=None if tokenizer == "none" else tokenizer,
             advance=advance,
         )
+    elif job.target == "megatron-lm":
+        megatron_lm.write(partial, source, layout=job.layout, dtype=job.dtype, advance=advance)
     elif whole:
         write_resharded(partial, whole, layout=job.layout, advance=advance)
     else:

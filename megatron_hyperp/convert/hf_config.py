@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from megatron_hyperp.config import Config
@@ -85,23 +83,6 @@ def _own_fields(config: Config) -> dict[str, Any]:
         "shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size,
         "gate": moe.moe_gate,
     }
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file that maps names to values.
-
-    Raises:
-        UsageError: it cannot be read, or is something else.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read: {error.strerror}; check the path") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not JSON ({' '.join(str(error).split())}); take another copy") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} holds no names with values; take another copy")
-    return content
 
 
 def from_json(content: dict[str, Any], where: str) -> Config:

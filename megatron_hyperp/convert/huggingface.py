@@ -15,18 +15,16 @@ from typing import Any
 
 import torch
 
-from megatron_hyperp import __version__, arguments
+from megatron_hyperp import arguments
 from megatron_hyperp.config import Config
 from megatron_hyperp.convert import hf_config, hf_tokenizer
 from megatron_hyperp.convert.folding import fold_, unfold_
 from megatron_hyperp.convert.hf_config import CODE_FILE, OURS
 from megatron_hyperp.convert.mapping import NameMap, Part, Piece, Rules, multipliers
 from megatron_hyperp.convert.source import Extras, Source, check_shape
+from megatron_hyperp.convert.state import CONFIG, UNDO, read_json, read_state, write_state
 from megatron_hyperp.convert.tensor_files import Spec, TensorReader, TensorWriter
 from megatron_hyperp.errors import UsageError
-
-# Beside the weights: our config and progress, and corrections that undo the folding.
-CONFIG, STATE, UNDO = "hyperp_config.yaml", "hyperp.json", "hyperp_undo"
 
 _MODEL, _LAYER = "model.layers.{}", "decoder.layers.{}"
 
@@ -82,11 +80,11 @@ class HuggingFaceSource(Source):
 
     def __init__(self, path: str | Path) -> None:
         self.folder = Path(path)
-        content = hf_config.read_json(self.folder / "config.json")
+        content = read_json(self.folder / "config.json")
         foreign = hf_config.from_json(content, str(self.folder / "config.json"))
         ours = (self.folder / CONFIG).is_file()
         self.config = arguments.load_yaml(self.folder / CONFIG) if ours else foreign
-        state = hf_config.read_json(self.folder / STATE) if ours else {}
+        state = read_state(self.folder)
         tokenizers = [self.folder / name for name in ("tokenizer.model", "tokenizer.json")]
         found = next((str(path.resolve()) for path in tokenizers if path.is_file()), None)
         if not ours:
@@ -184,10 +182,9 @@ def _write_texts(folder: Path, source: Source, dtype: torch.dtype, eos: int | No
     config = source.config
     content = hf_config.to_json(config, dtype=str(dtype).removeprefix("torch."), eos=eos)
     generation = {"do_sample": True, "temperature": 1.0, "eos_token_id": eos, "pad_token_id": eos}
-    state = {"version": __version__, "progress": source.extras.progress, "radii": source.extras.radii}
-    for name, values in (("config.json", content), ("generation_config.json", generation), (STATE, state)):
+    for name, values in (("config.json", content), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n")
-    (folder / CONFIG).write_text(arguments.to_yaml(source.config), encoding="utf-8")
+    write_state(folder, source)
     if hf_config.architecture(config) == OURS:
         shutil.copyfile(Path(__file__).with_name(CODE_FILE), folder / CODE_FILE)
 

@@ -62,9 +62,13 @@ class NameMap:
         self._groups, self._head = model.num_query_groups, model.kv_channels
         self._queries = model.num_attention_heads // model.num_query_groups
 
+    def knows(self, name: str) -> bool:
+        """Whether a rule is about the parameter."""
+        return _without_numbers(name) in self._rules
+
     def pieces(self, name: str, shape: Sequence[int]) -> list[Piece]:
         """Return the tensors that a parameter is elsewhere."""
-        parts, numbers = self._rules[re.sub(r"\.\d+(?=\.)", ".{}", name)], re.findall(r"\.(\d+)(?=\.)", name)
+        parts, numbers = self._rules[_without_numbers(name)], re.findall(r"\.(\d+)(?=\.)", name)
         rows = self._rows(len(parts), shape[0])
         return [
             Piece(part.name.format(*numbers), (count, *shape[1:]), self._factors.get(part.factor, 1.0))
@@ -94,6 +98,10 @@ class NameMap:
         rest = parts[0].shape[1:]
         grouped = [part.view(self._groups, -1, self._head, *rest) for part in parts]
         return torch.cat(grouped, dim=1).view(-1, *rest)
+
+
+def _without_numbers(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.)", ".{}", name)
 
 
 def multipliers(config: Config) -> dict[str, float]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_hyperp.convert import hf_config, huggingface
+from megatron_hyperp.convert import hf_config, huggingface, state
 from megatron_hyperp.convert.convert import Job, convert
 from megatron_hyperp.convert.huggingface import HuggingFaceSource
 from megatron_hyperp.convert.hyperp import HyperPSource
@@ -98,7 +98,7 @@ def test_rounded_weights_come_back_in_their_own_dtype(tmp_path: Path) -> None:
     assert compare(bf16, back, advance=lambda _: None).endswith("agree bit for bit")
     source = RandomSource(model_config())
     rounded = HuggingFaceSource(export(tmp_path / "rounded", source, dtype=torch.bfloat16))
-    assert not (tmp_path / "rounded" / f"{huggingface.UNDO}.safetensors").is_file()
+    assert not (tmp_path / "rounded" / f"{state.UNDO}.safetensors").is_file()
     assert compare(source, rounded, advance=lambda _: None).endswith("agree up to rounding")
 
 
@@ -162,7 +162,7 @@ def test_a_plain_qwen_and_llama_are_imported(tmp_path: Path) -> None:
 
 def test_what_cannot_be_expressed_is_named(tmp_path: Path) -> None:
     folder = export(tmp_path / "hf", RandomSource(model_config()))
-    for name in (huggingface.CONFIG, huggingface.STATE):
+    for name in (state.CONFIG, state.STATE):
         (folder / name).unlink()
     path = folder / "config.json"
     whole = json.loads(path.read_text())

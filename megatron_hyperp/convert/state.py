@@ -1,0 +1,46 @@
+"""What lies beside exported weights, for the way back: our config, the progress, radii, and what undoes the folding."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_hyperp import __version__, arguments
+from megatron_hyperp.convert.source import Source
+from megatron_hyperp.errors import UsageError
+
+CONFIG, STATE, UNDO = "hyperp_config.yaml", "hyperp.json", "hyperp_undo"
+
+
+def write_state(folder: Path, source: Source) -> None:
+    """Write config, progress and radii."""
+    state = {"version": __version__, "progress": source.extras.progress, "radii": source.extras.radii}
+    (folder / STATE).write_text(json.dumps(state, indent=2) + "\n")
+    (folder / CONFIG).write_text(arguments.to_yaml(source.config), encoding="utf-8")
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Read progress and radii; empty if the weights are not of ours.
+
+    Raises:
+        UsageError: it is damaged.
+    """
+    return read_json(folder / STATE) if (folder / CONFIG).is_file() else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON file that maps names to values.
+
+    Raises:
+        UsageError: it cannot be read, or is something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read: {error.strerror}; check the path") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON ({' '.join(str(error).split())}); take another copy") from error
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} holds no names with values; take another copy")
+    return content
