@@ -200,7 +200,7 @@ def load_transformers(folder: Path, dtype: torch.dtype) -> Any:
     except ImportError as error:
         raise UsageError("transformers is not installed; pip install megatron-hyperp[convert]") from error
 
-    name = hf_config.read_json(folder / "config.json")["architectures"][0]
+    name = read_json(folder / "config.json")["architectures"][0]
     kind: Any
     if name == hf_config.OURS:
         from megatron_hyperp.convert.modeling_hyperp import HyperPForCausalLM as kind

@@ -11,7 +11,6 @@ import torch
 from megatron_hyperp.convert.huggingface import load_transformers
 from megatron_hyperp.convert.hyperp import HyperPSource
 from megatron_hyperp.convert.source import Source
-from megatron_hyperp.convert.state import read_json
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training.inference import model_on_one_rank
 
@@ -84,21 +83,7 @@ def compare_logits(source: Source, folder: Path, dtype: torch.dtype) -> str:
 @torch.no_grad()
 def logits_of_transformers(folder: Path, tokens: torch.Tensor) -> torch.Tensor:
     """Return the logits [batch, sequence, V] of a folder's model in fp32; no code of the folder's is run."""
-<<<<<<< HEAD
     model = load_transformers(folder, torch.float32)
-=======
-    import transformers
-
-    content = read_json(folder / "config.json")
-    name = content["architectures"][0]
-    kind: Any
-    if name == hf_config.OURS:
-        from megatron_hyperp.convert.modeling_hyperp import HyperPForCausalLM as kind
-    else:
-        kind = getattr(transformers, name)
-    transformers.utils.logging.disable_progress_bar()
-    model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
->>>>>>> convert
     result: torch.Tensor = model(tokens).logits
     return result
 
