@@ -46,9 +46,9 @@ def run(config: Path, *flags: Any, ranks: int = 1, timeout: float = 240) -> subp
     return subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
-def train(config: Path, *flags: Any, ranks: int = 1) -> str:
+def train(config: Path, *flags: Any, ranks: int = 1, timeout: float = 240) -> str:
     """Train and return the output; a failure shows it."""
-    result = run(config, *flags, ranks=ranks)
+    result = run(config, *flags, ranks=ranks, timeout=timeout)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
 
