@@ -12,12 +12,18 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_hyperp import arguments
+from megatron_hyperp.convert.convert import convert
 from megatron_hyperp.convert.hyperp import HyperPSource
+from megatron_hyperp.convert.writing import Layout
+from megatron_hyperp.errors import UsageError
+from megatron_hyperp.training.compatibility import check_compatible
 from megatron_hyperp.training.logging import read_metrics
 from tests import tolerances
-from tests.functional.launch import ROOT, environment, run, train, write_config
+from tests.functional.launch import ROOT, environment, train, write_config
 from tests.random_source import write_random
 from tests.toy import EXPERTS, toy_config, write_corpus
+from tests.unit.test_convert_huggingface import job
 
 TP2 = ("--tensor-model-parallel-size", 2)
 EVERYTHING = {
@@ -29,7 +35,7 @@ EVERYTHING = {
 }
 
 
-def convert(*flags: Any, fails: bool = False) -> subprocess.CompletedProcess[str]:
+def command_line(*flags: Any, fails: bool = False) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "tools/convert_checkpoint.py", *map(str, flags)]
     result = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=300)
     assert (result.returncode == 2) == fails, result.stdout + result.stderr
@@ -51,45 +57,40 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_imported_weights_are_trained_on_their_spheres(workspace: Path) -> None:
     """Export, import with radii from weights, train under TP2, resume on one rank: the import's radii stay."""
     source = write_random(workspace / "ours")
-    convert("--from", "hyperp", "--to", "hf", "--input", workspace / "ours", "--output", workspace / "hf")
-    back = ("--radius", "from-weights", "--tp", 2, "--verify")
-    convert("--from", "hf", "--to", "hyperp", "--input", workspace / "hf", "--output", workspace / "back", *back)
-    config = write_config(
-        toy_config(str(workspace / "toy"), workspace / "run", radius="from-weights", train_iters=6),
-        workspace / "radii.yaml",
-    )
-    refused = run(config)
-    assert refused.returncode == 2
-    assert "--radius from-weights needs --load of a checkpoint that has radii" in refused.stderr
+    convert(job(source="hyperp", target="hf", input=workspace / "ours", output=workspace / "hf"))
+    start = {"output": workspace / "start", "radius": "from-weights", "layout": Layout(tp=2)}
+    convert(job(source="hf", target="hyperp", input=workspace / "hf", **start))
+    fields = {"radius": "from-weights", "train_iters": 4}
+    config = write_config(toy_config(str(workspace / "toy"), workspace / "run", **fields), workspace / "radii.yaml")
     saved = workspace / "run" / "checkpoints"
-    first = train(config, "--load", workspace / "back", "--save", saved, "--exit-interval", 3, *TP2, ranks=2)
+    first = train(config, "--load", workspace / "start", "--save", saved, "--exit-interval", 2, *TP2, ranks=2)
     assert "began with the weights of" in first
     assert "at iteration 0" in first
-    again = train(config, "--load", saved, "--save", saved)
-    assert "resumed from" in again
+    assert "resumed from" in train(config, "--load", saved, "--save", saved)
     rows = [row for row in read_metrics(workspace / "run") if "loss" in row]
-    assert [row["iteration"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["iteration"] for row in rows] == [1, 2, 3, 4]
     assert all(row["radius_drift"] < tolerances.RADIUS_DRIFT for row in rows)
     radii = HyperPSource(saved).extras.radii
-    assert radii == HyperPSource(workspace / "back").extras.radii
-    name = "decoder.layers.1.mlp.linear_fc2.weight"
     assert radii is not None
+    assert radii == HyperPSource(workspace / "start").extras.radii
+    name = "decoder.layers.1.mlp.linear_fc2.weight"
     assert radii[name] == pytest.approx(float(source.read(name).norm()), rel=1e-6)
-    other = run(config, "--load", saved, "--radius", "stateless")
-    assert other.returncode == 2
-    assert "on other spheres: radius is from-weights there, stateless here" in other.stderr
+    other = arguments.load_yaml(config).resolve()
+    other.optimizer.radius = "stateless"
+    with pytest.raises(UsageError, match="on other spheres: radius is from-weights there, stateless here"):
+        check_compatible(saved / "iter_0000004", other)
 
 
 def test_what_fails_leaves_nothing_behind(workspace: Path) -> None:
     """The second file of two is cut off: found before anything is written."""
     write_random(workspace / "fine")
-    small = ("--max-shard-size", "200KB")
-    convert("--from", "hyperp", "--to", "hf", "--input", workspace / "fine", "--output", workspace / "cut", *small)
+    out = {"input": workspace / "fine", "output": workspace / "cut"}
+    convert(job(source="hyperp", target="hf", shard_bytes=200_000, **out))
     broken = sorted((workspace / "cut").glob("*.safetensors"))[-1]
     os.truncate(broken, broken.stat().st_size - 100)
     before = sorted(path.name for path in workspace.iterdir())
     output = ("--output", workspace / "never")
-    result = convert("--from", "hf", "--to", "hyperp", "--input", workspace / "cut", *output, fails=True)
+    result = command_line("--from", "hf", "--to", "hyperp", "--input", workspace / "cut", *output, fails=True)
     [line] = result.stderr.strip().splitlines()
     assert line.startswith(f"error: {broken} is no whole safetensors file (it ends 100 bytes too early)")
     assert sorted(path.name for path in workspace.iterdir()) == before
@@ -102,11 +103,11 @@ def test_any_layout_of_a_mixture_of_experts(workspace: Path) -> None:
     config = write_config(toy_config(str(workspace / "toy"), folder, **EVERYTHING, train_iters=8), folder / "c.yaml")
     train(config, "--save", folder / "first", "--save-interval", 2, "--exit-interval", 4, ranks=4)
     out = ("--from", "hyperp", "--to", "hf", "--input", folder / "first", "--output", folder / "hf", "--verify")
-    said = convert(*out).stdout
+    said = command_line(*out).stdout
     assert "71 tensors agree bit for bit" in said
     assert "logits agree with those of transformers" in said
     cut = ("--from", "hyperp", "--to", "hyperp", "--input", folder / "first", "--verify")
-    assert "232 tensors of weights and optimizer state agree" in convert(*cut, "--output", folder / "cut").stdout
+    assert "232 tensors of weights and optimizer state agree" in command_line(*cut, "--output", folder / "cut").stdout
     found = {}
     for name in ("first", "cut"):
         there = folder / f"from-{name}"
@@ -119,7 +120,7 @@ def test_any_layout_of_a_mixture_of_experts(workspace: Path) -> None:
             assert loss == pytest.approx(found["first"][iteration], rel=tolerances.RESHARDED_LOSS)
     assert found["first"] == found["cut"]
     assert sorted(found["first"]) == [5, 6, 7, 8]
-    mean = convert("--average", 2, *cut, "--output", folder / "mean").stdout
+    mean = command_line("--average", 2, *cut, "--output", folder / "mean").stdout
     assert "matrices put back on their spheres" in mean
     [name] = [
         name
