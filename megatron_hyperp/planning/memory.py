@@ -6,6 +6,7 @@ Megatron-Core's local layers keep for the backward pass (``tests/unit/test_memor
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -58,7 +59,7 @@ class Memory:
         return {**asdict(self), "total": self.total}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Holding:
     """Parameters that the same ranks replicate, as one rank of a stage holds them, and who owns what of them.
 
@@ -77,6 +78,7 @@ class Holding:
     def _parameters(self) -> Iterable[torch.nn.Parameter]:
         return {id(entry.parameter): entry.parameter for entry in self.routes}.values()
 
+    @functools.cached_property
     def buffered(self) -> int:
         """Elements of a buffer of gradients or weights: equal slots, and beside them what several ranks share."""
         owners: dict[int, set[int]] = {}
@@ -87,6 +89,7 @@ class Holding:
         beside = sum(aligned(item.numel()) for item in self._parameters() if len(owners[id(item)]) > 1)
         return self.data * aligned(max(fill)) + beside
 
+    @functools.cached_property
     def owned(self) -> tuple[int, int]:
         """Elements that the fullest rank owns, and how many of those are a Muon matrix's."""
         total, muon = [0] * self.data, [0] * self.data
@@ -141,8 +144,8 @@ def stage_memory(config: Config, world_size: int, stage: int, held: Sequence[Hol
     weight, momentum = (2 if config.training.bf16 else 4), (2 if config.optimizer.momentum_dtype == "bf16" else 4)
     buffered = owned = moments = 0
     for holding in held:
-        total, muon = holding.owned()
-        buffered += holding.buffered()
+        total, muon = holding.owned
+        buffered += holding.buffered
         owned += total
         moments += momentum * muon + 8 * (total - muon)
     return Memory(

@@ -122,6 +122,7 @@ def to_yaml(plan: RunPlan) -> str:
     for name in (
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
+        "num_virtual_stages_per_pipeline_rank",
         "expert_model_parallel_size",
         "sequence_parallel",
     ):

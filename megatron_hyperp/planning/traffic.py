@@ -88,7 +88,7 @@ def traffic(config: Config, world_size: int, held: Sequence[Holding]) -> Traffic
         expert = 4 * moe.moe_router_topk * hidden / tp * _others(ep) * layers * recomputed
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     pipeline = 2 * virtual * hidden / (tp if parallel.sequence_parallel else 1) if pp > 1 else 0.0
-    data = sum(item.buffered() * (GRADIENT_BYTES + itemsize) * _others(item.data) for item in held)
+    data = sum(item.buffered * (GRADIENT_BYTES + itemsize) * _others(item.data) for item in held)
     sent = sum(cost.sent for cost in _newton_schulz(config, held))
     return Traffic(count * tensor, count * expert, count * pipeline, data, sent)
 

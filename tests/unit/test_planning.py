@@ -97,7 +97,7 @@ def test_the_trainer_takes_the_config(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_sizes_that_are_given_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--depth 8 --gpus 16 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 4"
     result = plan(capsys, flags + " --recompute-granularity full")
-    assert result["parallelism"] == {"tp": 2, "pp": 4, "ep": 1, "dp": 2}
+    assert result["parallelism"] == {"tp": 2, "pp": 4, "vpp": 1, "ep": 1, "dp": 2}
     assert result["recompute_granularity"] == "full"
     assert not result["alternatives"]
 
