@@ -11,6 +11,7 @@ from megatron_hyperp.config import Config, data_parallel_size, micro_batches
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.estimate import train_flops_per_token
 from megatron_hyperp.hardware import GIB, Gpu
+from megatron_hyperp.planning.checkpoints import Storage
 from megatron_hyperp.planning.memory import Holding, Memory, holdings, stage_memory
 from megatron_hyperp.planning.traffic import NewtonSchulzCost, Traffic, newton_schulz_cost, traffic
 
@@ -34,6 +35,7 @@ class Cluster:
         per_node: of them in each node.
         mfu: model FLOPs utilization to expect, of the peak.
         memory_fraction: of a GPU's memory that may be used; kernels, communication and fragmentation need the rest.
+        storage: of checkpoints, if that is known.
     """
 
     gpu: Gpu
@@ -41,6 +43,7 @@ class Cluster:
     per_node: int = 8
     mfu: float = 0.4
     memory_fraction: float = 0.9
+    storage: Storage | None = None
 
     @property
     def usable(self) -> float:
