@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
-from megatron_hyperp.optim.routing import Route
+from megatron_hyperp.optim.routing import MATRIX_ROLES, SPHERE_RULES, Route
 from megatron_hyperp.optim.tensor_parallel import AUTO, Job, Machine, predicted_seconds
 from megatron_hyperp.parameters import DISTINCT, REPLICATED, Block
 
@@ -80,6 +80,18 @@ class Plan:
             line += f"; {self.heavy} weight(s) are heavier than the mean load, "
             line += f"shared by teams of {self.team}" if self.team > 1 else "each with one owner"
         return line
+
+
+def partial_matrices(routes: Sequence[Route], plan: Plan, tensor_parallel_size: int, *, on_sphere: bool) -> list[int]:
+    """Return the indices of matrices, on the sphere or off it, of which a rank holds only a part."""
+    pieces = Counter(piece.route for piece in plan.pieces)
+    return [
+        index
+        for index, entry in enumerate(routes)
+        if entry.role in MATRIX_ROLES
+        and (entry.rule in SPHERE_RULES) == on_sphere
+        and (pieces[index] > 1 or (entry.partition_dim in (0, 1) and tensor_parallel_size > 1))
+    ]
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,15 +7,13 @@ Megatron-Core's local layers keep for the backward pass (``tests/unit/test_memor
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-
-import torch
 
 from megatron_hyperp.config import Config, micro_batches
 from megatron_hyperp.optim.buckets import aligned
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
-from megatron_hyperp.optim.ownership import Plan, plan_ownership
+from megatron_hyperp.optim.ownership import Piece, Plan, plan_ownership
 from megatron_hyperp.optim.routing import MUON_RULES, Route, routes_of
 from megatron_hyperp.optim.tensor_parallel import machine
 from megatron_hyperp.parameters import is_expert
@@ -75,19 +73,42 @@ class Holding:
     data: int
     tensor: int
 
-    def _parameters(self) -> Iterable[torch.nn.Parameter]:
-        return {id(entry.parameter): entry.parameter for entry in self.routes}.values()
+    @functools.cached_property
+    def slots(self) -> int:
+        """Elements of the equal slots in which gradients travel to their owners, and weights back."""
+        fill = [0] * self.data
+        for piece in self.plan.pieces:
+            parameter = self.routes[piece.route].parameter
+            if self._shared[id(parameter)]:
+                fill[piece.rank] += piece.block.numel
+        whole = {id(self.routes[piece.route].parameter): piece for piece in self.plan.pieces}
+        for key, piece in whole.items():
+            if not self._shared[key]:
+                fill[piece.rank] += aligned(self.routes[piece.route].parameter.numel())
+        return self.data * aligned(max(fill))
 
     @functools.cached_property
     def buffered(self) -> int:
-        """Elements of a buffer of gradients or weights: equal slots, and beside them what several ranks share."""
+        """Elements of a buffer of gradients or weights: the slots, and beside them what several ranks share."""
+        parameters = {id(entry.parameter): entry.parameter for entry in self.routes}
+        return self.slots + sum(aligned(item.numel()) for key, item in parameters.items() if self._shared[key])
+
+    @functools.cached_property
+    def _shared(self) -> dict[int, bool]:
+        """Whether several ranks own a parameter, by its id."""
         owners: dict[int, set[int]] = {}
-        fill = [0] * self.data
         for piece in self.plan.pieces:
             owners.setdefault(id(self.routes[piece.route].parameter), set()).add(piece.rank)
-            fill[piece.rank] += piece.block.numel
-        beside = sum(aligned(item.numel()) for item in self._parameters() if len(owners[id(item)]) > 1)
-        return self.data * aligned(max(fill)) + beside
+        return {key: len(ranks) > 1 for key, ranks in owners.items()}
+
+    @functools.cached_property
+    def orthogonalized(self) -> list[list[Piece]]:
+        """What each rank owns of the matrices that are orthogonalized."""
+        result: list[list[Piece]] = [[] for _ in range(self.data)]
+        for piece in self.plan.pieces:
+            if self.routes[piece.route].orthogonalized:
+                result[piece.rank].append(piece)
+        return result
 
     @functools.cached_property
     def owned(self) -> tuple[int, int]:
