@@ -12,34 +12,41 @@ HEAD = ("GPUs", "TP", "PP", "VPP", "EP", "DP", "micro-batch", "recomputed", "GiB
 
 
 def table(plans: Sequence[RunPlan]) -> str:
-    """Return what the run is, and a row for each cluster; ``plans`` are of the same config.
+    """Return what the run is, and a row for each cluster; kinds of GPUs that make no difference share one.
 
     Hours are those at the expected MFU, and those by which layouts are ranked: with the bubble, recomputation,
     communication that computation does not hide, and Newton-Schulz on top.
+
+    Args:
+        plans: of the same config.
     """
-    rows = [row(plan) for plan in plans]
-    lines = aligned([HEAD, *(cells for cells in rows if len(cells) == len(HEAD))], right=lambda column: column > 0)
-    found = iter(lines[1:])
-    fitted = [next(found) if len(cells) == len(HEAD) else "  ".join(cells) for cells in rows]
-    return "\n".join([*size_lines(plans[0]), "", lines[0], *fitted])
+    kinds: dict[tuple[int, tuple[str, ...]], list[str]] = {}
+    for plan in plans:
+        kinds.setdefault((plan.cluster.gpus, cells(plan)), []).append(plan.cluster.gpu.name)
+    titled = [(f"{gpus} {'/'.join(names)}", *found) for (gpus, found), names in kinds.items()]
+    fitting = [row for row in titled if len(row) == len(HEAD)]
+    head, *lines = aligned([HEAD, *fitting], right=lambda column: column > 0)
+    texts = dict(zip(fitting, lines, strict=True))
+    return "\n".join([*size_lines(plans[0]), "", head, *(texts.get(row, "  ".join(row)) for row in titled)])
 
 
-def row(plan: RunPlan) -> tuple[str, ...]:
-    """Return the cells of one cluster: of the layout to take, or the reason against the one that nearly fits."""
-    cluster = plan.cluster
-    title = f"{cluster.gpus} {cluster.gpu.name}"
+def cells(plan: RunPlan) -> tuple[str, ...]:
+    """Return what follows the cluster in its row: the layout to take, or the reason against what nearly fits."""
     if not plan.fitting:
-        return title, f"none: {_nearest(plan)}"
+        return (f"none: {_nearest(plan)}",)
     layout = plan.fitting[0]
     return (
-        title,
         *map(str, layout.parallelism.values()),
         str(layout.config.training.micro_batch_size),
         layout.recompute,
         f"{layout.memory.total / GIB:.1f}",
-        f"{plan.hours:.3g}",
-        f"{layout.seconds * plan.config.training.train_iters / 3600:.3g}",
+        _hours(plan.hours),
+        _hours(layout.seconds * plan.config.training.train_iters / 3600),
     )
+
+
+def _hours(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _nearest(plan: RunPlan) -> str:
