@@ -1,12 +1,12 @@
 """What optional kernels gain: each in turns with what it replaces, medians, and bytes kept for the backward pass."""
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.corpus import write_corpus
+from benchmarks.turns import in_turns
 from megatron_hyperp import device
 from megatron_hyperp.arguments import load_yaml
 from megatron_hyperp.config import Config
@@ -46,15 +47,17 @@ def clock() -> float:
     return time.perf_counter() if device.has_cuda() else time.process_time()
 
 
-def in_turns(cases: dict[str, Case], repeats: int) -> dict[str, float]:
+def timed(case: Case) -> list[float]:
+    """Return the seconds of a call."""
+    started = clock()
+    case()
+    return [clock() - started]
+
+
+def medians(cases: dict[str, Case], repeats: int) -> dict[str, float]:
     """Return the median seconds of each case; they take turns."""
-    spent: dict[str, list[float]] = {title: [] for title in cases}
-    for _ in range(WARM_UPS + repeats):
-        for title, case in cases.items():
-            started = clock()
-            case()
-            spent[title].append(clock() - started)
-    return {title: statistics.median(seconds[WARM_UPS:]) for title, seconds in spent.items()}
+    methods = {title: partial(timed, case) for title, case in cases.items()}
+    return {title: value for title, (value,) in in_turns(methods, repeats, warm_ups=WARM_UPS).items()}
 
 
 @contextmanager
@@ -119,7 +122,7 @@ def attention(dtype: torch.dtype, repeats: int) -> Table:
             shapes = [(length, batch, number, size) for number in (heads, groups, groups)]
             leaves = [torch.randn(shape, dtype=dtype, device=device.device(), requires_grad=True) for shape in shapes]
             forward = {title: _call(core, *leaves, None) for title, core in cores.items()}
-            seconds = in_turns({title: _there_and_back(case) for title, case in forward.items()}, repeats)
+            seconds = medians({title: _there_and_back(case) for title, case in forward.items()}, repeats)
             memory = {title: bytes_kept(case) for title, case in forward.items()}
             shape = [f"{heads} heads of {size} in {groups} groups", str(length), str(batch)]
             yield ratios(shape, seconds, memory)
@@ -183,7 +186,7 @@ def _one_step(config: Config, repeats: int) -> list[str]:
         trainer._train_batch(batches)
         trainer.optimizer.step()
 
-    seconds = in_turns({title: _call(run, title) for title in cores}, repeats)
+    seconds = medians({title: _call(run, title) for title in cores}, repeats)
     shape = (config.training.micro_batch_size, config.model.seq_length)
     tokens = torch.zeros(shape, dtype=torch.long, device=device.device())
     memory = {}
@@ -219,7 +222,7 @@ def loss(dtype: torch.dtype, repeats: int) -> Table:
         gradients.append(leaf.grad.double())
     error = float((gradients[1] - gradients[0]).norm() / gradients[0].norm())
     compiled = time.perf_counter() - started
-    seconds = in_turns({title: _there_and_back(case) for title, case in forward.items()}, repeats)
+    seconds = medians({title: _there_and_back(case) for title, case in forward.items()}, repeats)
     memory = {title: bytes_kept(case) for title, case in forward.items()}
     parallel_state.destroy_model_parallel()
     yield ["loss: vocabulary", "error of gradients", "compiled in", *COLUMNS]
@@ -250,7 +253,7 @@ def _one_update(shape: tuple[int, int, int], repeats: int) -> list[str]:
         "compiled": torch.compile(elementwise),
         "newton_schulz": _call(newton_schulz, gradients),
     }
-    plain, inner, compiled, whole = in_turns(cases, repeats).values()
+    plain, inner, compiled, whole = medians(cases, repeats).values()
     times = [f"{1e3 * seconds:.2f} ms" for seconds in (plain, inner, compiled)]
     saved = [f"{plain / compiled:.2f}", f"{1e3 * whole:.1f} ms", f"{(plain - compiled) / (plain + whole):.1%}"]
     return [" x ".join(map(str, shape)), *times, *saved]

@@ -1,11 +1,11 @@
-"""What the benchmarks measure with: ranks on this machine, medians over rounds, counted collectives."""
+"""What the benchmarks measure with: ranks on this machine, clocks, counted collectives."""
 
 from __future__ import annotations
 
 import functools
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -51,21 +51,9 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def in_turns(methods: Mapping[str, Callable[[], Sequence[float]]], repeats: int) -> dict[str, list[float]]:
-    """Call the methods in turns, so that a disturbance meets all of them; the first rounds warm up and do not count.
-
-    Args:
-        methods: by name; each times itself and returns one number or more.
-        repeats: rounds that count.
-
-    Returns:
-        Of each method's numbers, the medians over the rounds of what the slowest rank measured.
-    """
-    rounds: dict[str, list[torch.Tensor]] = {name: [] for name in methods}
-    for _ in range(WARM_UPS + repeats):
-        for name, method in methods.items():
-            rounds[name].append(largest(method()))
-    return {name: torch.stack(values[WARM_UPS:]).quantile(0.5, dim=0).tolist() for name, values in rounds.items()}
+def slowest(method: Callable[[], Sequence[float]]) -> Callable[[], list[float]]:
+    """Return the method with each of its numbers the largest over the ranks."""
+    return lambda: largest(method()).tolist()
 
 
 def largest(values: Sequence[float]) -> torch.Tensor:

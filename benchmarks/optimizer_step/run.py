@@ -23,10 +23,11 @@ import torch.distributed as dist
 # The benchmarks are no installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.optimizer_step.measuring import WARM_UPS, in_turns, run_ranks, seconds
+from benchmarks.optimizer_step.measuring import WARM_UPS, run_ranks, seconds, slowest
 from benchmarks.optimizer_step.others import all_reduce_per_iteration, redundant_per_matrix
 from benchmarks.optimizer_step.slices import SLICES
 from benchmarks.optimizer_step.whole_step import run as run_whole_steps
+from benchmarks.turns import in_turns
 from megatron_hyperp import device
 from megatron_hyperp.errors import UsageError, run_command
 from megatron_hyperp.optim.orthogonalize import BACKENDS, NewtonSchulz, check_backend
@@ -79,8 +80,8 @@ def measure(family: Family, repeats: int, group: dist.ProcessGroup) -> dict[str,
         methods["redundant"] = lambda: redundant_per_matrix(shards, split, group)
         methods["all-reduce"] = lambda: all_reduce_per_iteration(shards, split, group)
     methods["AdamW"] = lambda: adamw(shards)
-    timed = {name: partial(_alone, method) for name, method in methods.items()}
-    return {name: value for name, (value,) in in_turns(timed, repeats).items()}
+    timed = {name: slowest(partial(_alone, method)) for name, method in methods.items()}
+    return {name: value for name, (value,) in in_turns(timed, repeats, warm_ups=WARM_UPS).items()}
 
 
 def _alone(method: Callable[[], object]) -> list[float]:

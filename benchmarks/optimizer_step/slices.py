@@ -39,9 +39,17 @@ SLICES = {
 }
 
 
-def config_of(part: Slice, tensor_ranks: int, optimizer: str, strategy: str) -> Config:
-    """Return the resolved config of a slice; tensor-parallel ranks share the matrices of experts, too."""
-    world_size = dist.get_world_size()
+def config_of(part: Slice, tensor_ranks: int, optimizer: str, strategy: str, world_size: int | None = None) -> Config:
+    """Return the resolved config of a slice; tensor-parallel ranks share the matrices of experts, too.
+
+    Args:
+        part: the slice.
+        tensor_ranks: of all ranks.
+        optimizer: the update rule.
+        strategy: how tensor-parallel ranks share Newton-Schulz.
+        world_size: all ranks; None for those of the process group.
+    """
+    world_size = world_size or dist.get_world_size()
     config = Config(
         model=ModelConfig(
             depth=part.depth, aspect_ratio=128 // SCALE, num_layers=part.layers, vocab_size=part.vocabulary

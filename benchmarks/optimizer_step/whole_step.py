@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from benchmarks.optimizer_step.measuring import WARM_UPS, Traffic, counted, in_turns, largest, run_ranks, seconds
+from benchmarks.optimizer_step.measuring import WARM_UPS, Traffic, counted, largest, run_ranks, seconds, slowest
 from benchmarks.optimizer_step.slices import SLICES, config_of
+from benchmarks.turns import in_turns
 from megatron_hyperp import device
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.tensor_parallel import AUTO, MACHINES
@@ -68,9 +69,9 @@ def compare(name: str, tensor_ranks: int, repeats: int) -> None:
     initialize_megatron(config)
     methods, gradients = methods_of(SLICES[name], tensor_ranks), local_gradients(config)
     steps: dict[str, Callable[[], list[float]]] = {
-        label: partial(timed_step, method, gradients) for label, method in methods.items()
+        label: slowest(partial(timed_step, method, gradients)) for label, method in methods.items()
     }
-    figures = in_turns(steps, repeats)
+    figures = in_turns(steps, repeats, warm_ups=WARM_UPS)
     worst = max(worst_difference(method, methods[AUTO]) for label, method in methods.items() if label != "AdamW")
     if worst > AGREEMENT:
         raise AssertionError(f"{name}: weights differ by {worst:.1e} between methods, more than {AGREEMENT:g}")

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
-from megatron_hyperp.optim.ownership import Piece, Plan, plan_ownership
-from megatron_hyperp.optim.routing import MATRIX_ROLES, SPHERE_RULES, Route
+from megatron_hyperp.optim.ownership import Piece, Plan, partial_matrices, plan_ownership
+from megatron_hyperp.optim.routing import Route
 from megatron_hyperp.optim.tensor_parallel import machine
 from megatron_hyperp.parameters import is_expert
 
@@ -41,16 +41,7 @@ class Domain:
 
     def places(self, *, on_sphere: bool) -> dict[int, int]:
         """Number the matrices, by route, on the sphere or off it, of which a rank holds only a part."""
-        pieces = [0] * len(self.routes)
-        for piece in self.plan.pieces:
-            pieces[piece.route] += 1
-        partial = [
-            index
-            for index, entry in enumerate(self.routes)
-            if entry.role in MATRIX_ROLES
-            and (entry.rule in SPHERE_RULES) == on_sphere
-            and (pieces[index] > 1 or (entry.partition_dim in (0, 1) and self.tensor.size() > 1))
-        ]
+        partial = partial_matrices(self.routes, self.plan, self.tensor.size(), on_sphere=on_sphere)
         return {index: place for place, index in enumerate(partial)}
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
-from megatron_hyperp.optim.routing import Route
+from megatron_hyperp.optim.routing import MATRIX_ROLES, SPHERE_RULES, Route
 from megatron_hyperp.optim.tensor_parallel import AUTO, Job, Machine, predicted_seconds
 from megatron_hyperp.parameters import DISTINCT, REPLICATED, Block
 
@@ -80,6 +80,18 @@ class Plan:
             line += f"; {self.heavy} weight(s) are heavier than the mean load, "
             line += f"shared by teams of {self.team}" if self.team > 1 else "each with one owner"
         return line
+
+
+def partial_matrices(routes: Sequence[Route], plan: Plan, tensor_parallel_size: int, *, on_sphere: bool) -> list[int]:
+    """Return the indices of matrices, on the sphere or off it, of which a rank holds only a part."""
+    pieces = Counter(piece.route for piece in plan.pieces)
+    return [
+        index
+        for index, entry in enumerate(routes)
+        if entry.role in MATRIX_ROLES
+        and (entry.rule in SPHERE_RULES) == on_sphere
+        and (pieces[index] > 1 or (entry.partition_dim in (0, 1) and tensor_parallel_size > 1))
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,9 +178,16 @@ def plan_ownership(
     mean = (sum(costs) + sum(loads or [])) / ranks
     # A sum of equal costs is not heavier than itself.
     heavy = [number for number, cost in enumerate(costs) if cost > mean * (1 + 1e-9)]
+    # The same in every plan: what is not orthogonalized costs next to nothing and is cut.
+    spread = {
+        index: [Piece(index, rank, block) for rank, block in enumerate(routes[index].block.cut(0, ranks))]
+        for unit, cost in zip(units, costs, strict=True)
+        if not cost
+        for index in unit
+    }
     best: Plan | None = None
     for team in _team_sizes(ranks) if heavy and teams else [1]:
-        plan = _plan_with(team, routes, units, costs, heavy, pricing, list(loads or [0.0] * ranks))
+        plan = _plan_with(team, routes, units, costs, heavy, spread, pricing, list(loads or [0.0] * ranks))
         if best is None or plan.seconds < 0.98 * best.seconds:
             best = plan
     assert best is not None
@@ -186,6 +205,7 @@ def _plan_with(
     units: list[list[int]],
     costs: list[float],
     heavy: list[int],
+    spread: dict[int, list[Piece]],
     pricing: _Pricing,
     loads: list[float],
 ) -> Plan:
@@ -202,7 +222,6 @@ def _plan_with(
             owner_of[number] = owner
             for rank in range(owner * team, (owner + 1) * team):
                 totals[rank] += price
-    # What is not orthogonalized costs next to nothing and is cut.
     single = [number for number, cost in enumerate(costs) if cost and number not in owner_of]
     owners = longest_processing_time([round(PICOSECONDS * costs[number]) for number in single], totals)
     owner_of.update(zip(single, owners, strict=True))
@@ -210,7 +229,7 @@ def _plan_with(
     for number, unit in enumerate(units):
         size = team if number in shared else 1
         for index in unit:
-            pieces += _pieces(index, routes[index], owner_of.get(number), size, ranks, shares)
+            pieces += spread.get(index) or _pieces(index, routes[index], owner_of[number], size, shares)
     owned = [0] * ranks
     for piece in pieces:
         owned[piece.rank] += piece.block.numel
@@ -218,12 +237,8 @@ def _plan_with(
     return Plan(pieces, [total / PICOSECONDS for total in totals], team if shared else 1, len(heavy), travel)
 
 
-def _pieces(
-    index: int, entry: Route, owner: int | None, team: int, ranks: int, tensor_parallel_size: int
-) -> list[Piece]:
-    """Return the pieces of a route that a rank owns, or a team, or every rank its rows of."""
-    if owner is None:
-        return [Piece(index, rank, block) for rank, block in enumerate(entry.block.cut(0, ranks))]
+def _pieces(index: int, entry: Route, owner: int, team: int, tensor_parallel_size: int) -> list[Piece]:
+    """Return the pieces of a route that a rank owns, or a team."""
     if team == 1:
         return [Piece(index, owner, entry.block)]
     dim, slices = _team_dim(entry, tensor_parallel_size), _cut(entry, team, tensor_parallel_size)

@@ -11,6 +11,7 @@ from megatron_hyperp.config import Config, data_parallel_size, micro_batches
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.estimate import train_flops_per_token
 from megatron_hyperp.hardware import GIB, Gpu
+from megatron_hyperp.planning.checkpoints import Storage
 from megatron_hyperp.planning.memory import Holding, Memory, holdings, stage_memory
 from megatron_hyperp.planning.traffic import NewtonSchulzCost, Traffic, newton_schulz_cost, traffic
 
@@ -20,6 +21,8 @@ RECOMPUTED = {"none": 1.0, "selective": 1.0, "full": 4 / 3}
 MODES: tuple[Literal["none", "selective", "full"], ...] = ("none", "selective", "full")
 # The backward pass, two thirds of the time, hides reductions; the forward pass hides the gathering of weights.
 HIDDEN = 0.9
+# More chunks per pipeline stage keep more activations and send more; they must save 2% or more.
+WORTHWHILE = 0.98
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class Cluster:
         per_node: of them in each node.
         mfu: model FLOPs utilization to expect, of the peak.
         memory_fraction: of a GPU's memory that may be used; kernels, communication and fragmentation need the rest.
+        storage: of checkpoints, if that is known.
     """
 
     gpu: Gpu
@@ -39,6 +43,7 @@ class Cluster:
     per_node: int = 8
     mfu: float = 0.4
     memory_fraction: float = 0.9
+    storage: Storage | None = None
 
     @property
     def usable(self) -> float:
@@ -83,6 +88,7 @@ class Layout:
         return {
             "tp": parallel.tensor_model_parallel_size,
             "pp": parallel.pipeline_model_parallel_size,
+            "vpp": parallel.num_virtual_stages_per_pipeline_rank,
             "ep": parallel.expert_model_parallel_size,
             "dp": data_parallel_size(self.config, self.world_size),
         }
@@ -99,10 +105,17 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Rejected:
-    """A layout that cannot run, and why."""
+    """A layout that cannot run, and why.
+
+    Attributes:
+        title: its sizes.
+        reason: why not.
+        need: bytes that it would take of a GPU; None if its sizes do not divide what they share.
+    """
 
     title: str
     reason: str
+    need: int | None = None
 
 
 def _title(sizes: dict[str, int], recompute: str) -> str:
@@ -121,25 +134,62 @@ def layouts(config: Config, cluster: Cluster) -> tuple[list[Layout], list[Reject
     """
     fitting: list[Layout] = []
     rejected: list[Rejected] = []
-    asked = config.training.recompute_granularity
     for candidate, sizes in _candidates(config, cluster):
         try:
             resolved = candidate.resolve(world_size=cluster.gpus)
         except UsageError as error:
             rejected.append(Rejected(_title(sizes, "none"), str(error)))
             continue
-        held = _held(resolved, cluster.gpus)
-        for mode in _modes(resolved) if asked == "none" else (asked,):
-            tried = replace(resolved, training=replace(resolved.training, recompute_granularity=mode))
-            layout = evaluate(tried, cluster, held)
-            if layout.memory.total <= cluster.usable:
-                fitting.append(layout)
-                break
+        layout = _scheduled(resolved, cluster)
+        if layout.memory.total <= cluster.usable:
+            fitting.append(layout)
         else:
-            need, have = layout.memory.total / GIB, cluster.usable / GIB
-            even = ", even with full recomputation" if layout.recompute == "full" else ""
-            rejected.append(Rejected(_title(sizes, "none"), f"needs {need:.1f} GiB of {have:.1f}{even}"))
+            rejected.append(_too_large(layout, sizes, cluster))
     return sorted(fitting, key=lambda layout: layout.seconds), rejected
+
+
+def _scheduled(config: Config, cluster: Cluster) -> Layout:
+    """Interleave the pipeline's schedule where that fits and is worthwhile."""
+    # However a stage's layers are cut into chunks, it holds as many of the same shapes.
+    held = _held(config, cluster.gpus)
+    best = _spare(config, cluster, held)
+    if best.memory.total > cluster.usable:
+        return best
+    for chunks in _chunks(config, cluster.gpus):
+        parallel = replace(config.parallel, num_virtual_stages_per_pipeline_rank=chunks)
+        layout = _spare(replace(config, parallel=parallel), cluster, held)
+        if layout.memory.total <= cluster.usable and layout.seconds < WORTHWHILE * best.seconds:
+            best = layout
+    return best
+
+
+def _chunks(config: Config, world_size: int) -> list[int]:
+    """Numbers of chunks per pipeline stage that may be, above 1; none if one is given."""
+    parallel, stages = config.parallel, config.parallel.pipeline_model_parallel_size
+    # The interleaved schedule takes micro-batches in rounds of as many as there are stages.
+    if stages == 1 or parallel.num_virtual_stages_per_pipeline_rank > 1 or micro_batches(config, world_size) % stages:
+        return []
+    # Whole layers, and whole groups of those that are recomputed together.
+    units = config.model.num_layers // stages // config.training.recompute_num_layers
+    return [size for size in range(2, units + 1) if units % size == 0]
+
+
+def _spare(config: Config, cluster: Cluster, held: dict[int, list[Holding]]) -> Layout:
+    """Recompute as little as fits, or all that can be."""
+    asked = config.training.recompute_granularity
+    for mode in _modes(config) if asked == "none" else (asked,):
+        tried = replace(config, training=replace(config.training, recompute_granularity=mode))
+        layout = evaluate(tried, cluster, held)
+        if layout.memory.total <= cluster.usable:
+            break
+    return layout
+
+
+def _too_large(layout: Layout, sizes: dict[str, int], cluster: Cluster) -> Rejected:
+    need = layout.memory.total
+    even = ", even with full recomputation" if layout.recompute == "full" else ""
+    reason = f"needs {need / GIB:.1f} GiB of {cluster.usable / GIB:.1f}{even}"
+    return Rejected(_title(sizes, "none"), reason, need)
 
 
 def _modes(config: Config) -> list[Literal["none", "selective", "full"]]:

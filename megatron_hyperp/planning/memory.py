@@ -6,15 +6,14 @@ Megatron-Core's local layers keep for the backward pass (``tests/unit/test_memor
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-
-import torch
 
 from megatron_hyperp.config import Config, micro_batches
 from megatron_hyperp.optim.buckets import aligned
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
-from megatron_hyperp.optim.ownership import Plan, plan_ownership
+from megatron_hyperp.optim.ownership import Piece, Plan, plan_ownership
 from megatron_hyperp.optim.routing import MUON_RULES, Route, routes_of
 from megatron_hyperp.optim.tensor_parallel import machine
 from megatron_hyperp.parameters import is_expert
@@ -58,7 +57,7 @@ class Memory:
         return {**asdict(self), "total": self.total}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Holding:
     """Parameters that the same ranks replicate, as one rank of a stage holds them, and who owns what of them.
 
@@ -74,19 +73,44 @@ class Holding:
     data: int
     tensor: int
 
-    def _parameters(self) -> Iterable[torch.nn.Parameter]:
-        return {id(entry.parameter): entry.parameter for entry in self.routes}.values()
-
-    def buffered(self) -> int:
-        """Elements of a buffer of gradients or weights: equal slots, and beside them what several ranks share."""
-        owners: dict[int, set[int]] = {}
+    @functools.cached_property
+    def slots(self) -> int:
+        """Elements of the equal slots in which gradients travel to their owners, and weights back."""
         fill = [0] * self.data
         for piece in self.plan.pieces:
-            owners.setdefault(id(self.routes[piece.route].parameter), set()).add(piece.rank)
-            fill[piece.rank] += piece.block.numel
-        beside = sum(aligned(item.numel()) for item in self._parameters() if len(owners[id(item)]) > 1)
-        return self.data * aligned(max(fill)) + beside
+            parameter = self.routes[piece.route].parameter
+            if self._shared[id(parameter)]:
+                fill[piece.rank] += piece.block.numel
+        whole = {id(self.routes[piece.route].parameter): piece for piece in self.plan.pieces}
+        for key, piece in whole.items():
+            if not self._shared[key]:
+                fill[piece.rank] += aligned(self.routes[piece.route].parameter.numel())
+        return self.data * aligned(max(fill))
 
+    @functools.cached_property
+    def buffered(self) -> int:
+        """Elements of a buffer of gradients or weights: the slots, and beside them what several ranks share."""
+        parameters = {id(entry.parameter): entry.parameter for entry in self.routes}
+        return self.slots + sum(aligned(item.numel()) for key, item in parameters.items() if self._shared[key])
+
+    @functools.cached_property
+    def _shared(self) -> dict[int, bool]:
+        """Whether several ranks own a parameter, by its id."""
+        owners: dict[int, set[int]] = {}
+        for piece in self.plan.pieces:
+            owners.setdefault(id(self.routes[piece.route].parameter), set()).add(piece.rank)
+        return {key: len(ranks) > 1 for key, ranks in owners.items()}
+
+    @functools.cached_property
+    def orthogonalized(self) -> list[list[Piece]]:
+        """What each rank owns of the matrices that are orthogonalized."""
+        result: list[list[Piece]] = [[] for _ in range(self.data)]
+        for piece in self.plan.pieces:
+            if self.routes[piece.route].orthogonalized:
+                result[piece.rank].append(piece)
+        return result
+
+    @functools.cached_property
     def owned(self) -> tuple[int, int]:
         """Elements that the fullest rank owns, and how many of those are a Muon matrix's."""
         total, muon = [0] * self.data, [0] * self.data
@@ -141,8 +165,8 @@ def stage_memory(config: Config, world_size: int, stage: int, held: Sequence[Hol
     weight, momentum = (2 if config.training.bf16 else 4), (2 if config.optimizer.momentum_dtype == "bf16" else 4)
     buffered = owned = moments = 0
     for holding in held:
-        total, muon = holding.owned()
-        buffered += holding.buffered()
+        total, muon = holding.owned
+        buffered += holding.buffered
         owned += total
         moments += momentum * muon + 8 * (total - muon)
     return Memory(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import yaml
 from megatron_hyperp.config import Config
 from megatron_hyperp.estimate import parameter_count, train_flops_per_token
 from megatron_hyperp.hardware import GIB
+from megatron_hyperp.planning import checkpoints
+from megatron_hyperp.planning.checkpoints import Cadence, cadence, checkpoint_bytes
 from megatron_hyperp.planning.layouts import Cluster, Layout, Rejected, layouts, to_dict
 from megatron_hyperp.planning.memory import Memory
 from megatron_hyperp.text import aligned
@@ -28,7 +31,7 @@ class RunPlan:
     """A planned run.
 
     Attributes:
-        config: resolved for one rank: what does not depend on the layout.
+        config: resolved: what does not depend on the layout.
         asked: the config as given.
         cluster: what it is to run on.
         fitting: layouts that fit, the one to take first.
@@ -50,6 +53,19 @@ class RunPlan:
     def hours(self) -> float:
         """Time on the cluster at the expected MFU."""
         return self.flops / self.cluster.flops_per_s / 3600
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Of a checkpoint's tensors."""
+        alone = dataclasses.replace(self.config, parallel=type(self.config.parallel)())
+        return checkpoint_bytes(alone)
+
+    @property
+    def cadence(self) -> Cadence | None:
+        """How often to save, if it is known where."""
+        storage = self.cluster.storage
+        step = 3600 * self.hours / self.config.training.train_iters
+        return cadence(self.checkpoint_bytes, storage, self.cluster.gpus, step) if storage else None
 
     @property
     def learning_rate(self) -> LearningRate:
@@ -100,6 +116,8 @@ def to_json(plan: RunPlan) -> dict[str, Any]:
         "gpus": plan.cluster.gpus,
         "mfu": plan.cluster.mfu,
         "hours": plan.hours,
+        "checkpoint_bytes": plan.checkpoint_bytes,
+        "checkpoint_cadence": dataclasses.asdict(plan.cadence) if plan.cadence else None,
         "memory_bytes_per_gpu": None,
         "parallelism": None,
     }
@@ -122,6 +140,7 @@ def to_yaml(plan: RunPlan) -> str:
     for name in (
         "tensor_model_parallel_size",
         "pipeline_model_parallel_size",
+        "num_virtual_stages_per_pipeline_rank",
         "expert_model_parallel_size",
         "sequence_parallel",
     ):
@@ -139,6 +158,16 @@ def describe(plan: RunPlan) -> str:
 
 def run_lines(plan: RunPlan) -> list[str]:
     """Return size, budget, learning rate and time: what does not depend on the layout."""
+    return [
+        *size_lines(plan),
+        *_indented("optimizer", f"{plan.config.optimizer.optimizer}, {plan.learning_rate.describe()}"),
+        f"time           {plan.hours:,.1f} hours on {plan.cluster.gpus} GPUs at {plan.cluster.mfu:.0%} MFU",
+        *_indented("checkpoint", checkpoints.describe(plan.checkpoint_bytes, plan.cluster.storage, plan.cadence)),
+    ]
+
+
+def size_lines(plan: RunPlan) -> list[str]:
+    """Return size and budget: what does not depend on the cluster."""
     model, moe, training = plan.config.model, plan.config.moe, plan.config.training
     total, active = parameter_count(model, moe), parameter_count(model, moe, active=True)
     size = f"{total:,} parameters" + (f", {active:,} active" if active != total else "")
@@ -147,8 +176,6 @@ def run_lines(plan: RunPlan) -> list[str]:
         f"tokens         {training.train_tokens:,.0f} in {training.train_iters:,} steps of {plan.config.batch_tokens:,}"
         f" ({training.global_batch_size} sequences of {model.seq_length})",
         f"FLOPs          {plan.flops:.4g}",
-        *_indented("optimizer", f"{plan.config.optimizer.optimizer}, {plan.learning_rate.describe()}"),
-        f"time           {plan.hours:,.1f} hours on {plan.cluster.gpus} GPUs at {plan.cluster.mfu:.0%} MFU",
     ]
 
 
@@ -173,7 +200,20 @@ def _layout_lines(plan: RunPlan) -> list[str]:
             by_reason[item.reason].append(item.title)
         lines += ["", "Rejected:"]
         lines += [f"  {_shortened(titles)}: {reason}" for reason, titles in by_reason.items()]
-    return lines
+    return lines + _expert_lines(plan)
+
+
+def _expert_lines(plan: RunPlan) -> list[str]:
+    """Return a hint where no number of these GPUs but one divides the routed experts."""
+    experts, node = plan.config.moe.num_experts, plan.cluster.per_node
+    if not experts or math.gcd(experts, plan.cluster.gpus) > 1 or plan.cluster.gpus == 1:
+        return []
+    more = -(-experts // node) * node
+    return [
+        "",
+        f"No expert parallelism: {plan.cluster.gpus} GPUs and {experts} routed experts have no common divisor. For one,"
+        f" make a model of {more}: --num-experts {more}",
+    ]
 
 
 def _shortened(titles: list[str]) -> str:

@@ -6,12 +6,12 @@ that. Tensor parallelism follows Korthikanti et al. (arXiv 2205.05198).
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_hyperp.config import Config, micro_batches
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
+from megatron_hyperp.optim.ownership import Piece
 from megatron_hyperp.optim.tensor_parallel import Cost, Job, costs, machine, taken
 from megatron_hyperp.parameters import DISTINCT
 from megatron_hyperp.planning.memory import Holding
@@ -88,7 +88,7 @@ def traffic(config: Config, world_size: int, held: Sequence[Holding]) -> Traffic
         expert = 4 * moe.moe_router_topk * hidden / tp * _others(ep) * layers * recomputed
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     pipeline = 2 * virtual * hidden / (tp if parallel.sequence_parallel else 1) if pp > 1 else 0.0
-    data = sum(item.buffered() * (GRADIENT_BYTES + itemsize) * _others(item.data) for item in held)
+    data = sum(item.slots * (GRADIENT_BYTES + itemsize) * _others(item.data) for item in held)
     sent = sum(cost.sent for cost in _newton_schulz(config, held))
     return Traffic(count * tensor, count * expert, count * pipeline, data, sent)
 
@@ -105,19 +105,36 @@ def newton_schulz_cost(
 
 def _newton_schulz(config: Config, held: Sequence[Holding]) -> list[Cost]:
     """Return what each family costs the rank that owns most."""
-    newton_schulz, rates = NewtonSchulz.of(config.optimizer), machine()
     result = []
     for item in held:
         busiest = max(range(item.data), key=lambda rank: (item.plan.loads[rank], -rank))
-        families: Counter[tuple[tuple[int, ...], int, int]] = Counter()
-        for piece in item.plan.pieces:
-            entry = item.routes[piece.route]
-            if piece.rank == busiest and entry.orthogonalized:
-                team = item.plan.team if piece.team_dim is not None else 1
-                dim = piece.team_dim if piece.team_dim is not None else entry.partition_dim
-                families[entry.shape, dim, team] += 1
-        for (shape, dim, team), count in families.items():
-            ranks = 1 if dim == DISTINCT else item.tensor * team
-            job = Job(count, shape[0], shape[1], dim, ranks)
-            result.append(costs(job, newton_schulz)[taken(job, newton_schulz, rates, config.optimizer.ns_strategy)])
+        result += family_costs(config, item, busiest)
     return result
+
+
+def family_costs(config: Config, item: Holding, rank: int) -> list[Cost]:
+    """Return what Newton-Schulz of each family costs a rank that shares in it.
+
+    Args:
+        config: resolved.
+        item: what the rank holds.
+        rank: within the data-parallel group.
+    """
+    newton_schulz, rates = NewtonSchulz.of(config.optimizer), machine()
+    families: dict[tuple[object, ...], list[Piece]] = {}
+    for piece in item.orthogonalized[rank]:
+        entry = item.routes[piece.route]
+        key = (entry.rule, entry.role, entry.lr_mult, entry.decays, entry.shape, entry.partition_dim, piece.team_dim)
+        families.setdefault(key, []).append(piece)
+    result = []
+    for pieces in families.values():
+        job = _job(item, pieces)
+        result.append(costs(job, newton_schulz)[taken(job, newton_schulz, rates, config.optimizer.ns_strategy)])
+    return result
+
+
+def _job(item: Holding, pieces: Sequence[Piece]) -> Job:
+    """What the ranks that share a family do together."""
+    entry, team_dim = item.routes[pieces[0].route], pieces[0].team_dim
+    dim, team = (entry.partition_dim, 1) if team_dim is None else (team_dim, item.plan.team)
+    return Job(len(pieces), entry.shape[0], entry.shape[1], dim, 1 if dim == DISTINCT else item.tensor * team)

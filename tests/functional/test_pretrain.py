@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from megatron_hyperp import arguments
+from megatron_hyperp.config import ParallelConfig
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.planning.checkpoints import checkpoint_bytes
 from megatron_hyperp.training import compatibility
 from megatron_hyperp.training.checkpointing import TRACKER, find_checkpoint
 from megatron_hyperp.training.logging import read_events, read_metrics
@@ -98,6 +100,19 @@ def test_old_checkpoints_are_dropped(straight: Path) -> None:
     assert sorted(path.name for path in checkpoints.iterdir()) == ["iter_0000015", "iter_0000020", TRACKER]
     assert (checkpoints / TRACKER).read_text() == "20\n"
     assert (checkpoints / "iter_0000020" / "config.yaml").read_text() == (straight / "config.yaml").read_text()
+
+
+def test_a_checkpoint_is_as_large_as_planned(straight: Path) -> None:
+    """Megatron-Core's random states lie beside the tensors."""
+    from torch.distributed.checkpoint import FileSystemReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    config = arguments.load_yaml(straight / "config.yaml")
+    config.parallel = ParallelConfig()
+    metadata = FileSystemReader(straight / "checkpoints" / "iter_0000020").read_metadata()
+    tensors = [entry for entry in metadata.state_dict_metadata.values() if isinstance(entry, TensorStorageMetadata)]
+    held = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in tensors)
+    assert checkpoint_bytes(config.resolve()) == held
 
 
 def test_resume_is_bit_for_bit(workspace: Path, straight: Path, stopped: Path) -> None:

@@ -24,7 +24,7 @@ def test_a_storage_is_kept_once() -> None:
 
 def test_cases_take_turns() -> None:
     calls: list[str] = []
-    seconds = run.in_turns({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=1)  # type: ignore[misc]
+    seconds = run.medians({name: lambda name=name: calls.append(name) for name in "ab"}, repeats=1)  # type: ignore[misc]
     assert calls == list("ab") * (run.WARM_UPS + 1)
     assert seconds.keys() == {"a", "b"}
 

@@ -11,6 +11,7 @@ import pytest
 
 from megatron_hyperp import arguments, device
 from megatron_hyperp.hardware import GPUS
+from megatron_hyperp.planning.checkpoints import Storage, cadence
 from megatron_hyperp.planning.inventory import shapes, stage_parameters
 from megatron_hyperp.planning.layouts import Cluster, bubble, evaluate
 from tools import plan_run
@@ -97,7 +98,7 @@ def test_the_trainer_takes_the_config(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_sizes_that_are_given_are_kept(capsys: pytest.CaptureFixture[str]) -> None:
     flags = "--depth 8 --gpus 16 --tensor-model-parallel-size 2 --pipeline-model-parallel-size 4"
     result = plan(capsys, flags + " --recompute-granularity full")
-    assert result["parallelism"] == {"tp": 2, "pp": 4, "ep": 1, "dp": 2}
+    assert result["parallelism"] == {"tp": 2, "pp": 4, "vpp": 1, "ep": 1, "dp": 2}
     assert result["recompute_granularity"] == "full"
     assert not result["alternatives"]
 
@@ -159,12 +160,72 @@ def test_a_table_names_every_factor_of_the_learning_rate(capsys: pytest.CaptureF
         ("--gpu H1000", "H1000"),
         ("--yaml /nowhere/plan.yaml", "--yaml /nowhere/plan.yaml cannot be written"),
         ("--gpus 3 --yaml -", "no layout fits 3 GPUs"),
+        ("--gpus 8 16 --yaml -", "--yaml writes the config for one cluster; give it one number and one kind"),
+        ("--checkpoint-bandwidth 0", "--checkpoint-bandwidth is 0; it must be a number above 0"),
+        ("--checkpoint-bandwidth 1 --gpu-mtbf-hours -1", "--gpu-mtbf-hours is -1; it must be a number above 0"),
+        ("--checkpoint-bandwidth 1 --restart-minutes -1", "--restart-minutes is -1; it must be a number, 0 or more"),
+        ("--gpu-mtbf-hours 100", "--gpu-mtbf-hours needs --checkpoint-bandwidth"),
         ("--num-query-groups 3", "--num-query-groups 3 does not divide"),
     ],
 )
 def test_bad_input_is_one_line(flags: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         plan_run.main(["--depth", "8", *flags.split()])
+
+
+def test_a_pipeline_is_interleaved_where_that_saves_time(capsys: pytest.CaptureFixture[str]) -> None:
+    def chosen(batch: int) -> dict[str, Any]:
+        sizes = "--tensor-model-parallel-size 2 --pipeline-model-parallel-size 8"
+        return plan(capsys, f"--depth 24 --bf16 --gpus 256 {sizes} --global-batch-size {batch}")
+
+    result = chosen(512)
+    assert result["parallelism"] == {"tp": 2, "pp": 8, "vpp": 3, "ep": 1, "dp": 16}
+    assert result["pipeline_bubble"] == pytest.approx(7 / 32 / 3)
+    # Four micro-batches do not make a round of eight.
+    assert chosen(64)["parallelism"]["vpp"] == 1
+
+
+def test_odd_experts_get_a_hint(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--depth", "8", "--bf16", "--moe-sparsity", "8", "--moe-topk", "8", "--moe-shared-expert", "--gpus", "8"]
+    plan_run.main(flags)
+    assert "8 GPUs and 63 routed experts have no common divisor" in capsys.readouterr().out
+    plan_run.main([*flags, "--num-experts", "64"])
+    assert "no common divisor" not in capsys.readouterr().out
+
+
+def test_several_clusters_make_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    plan_run.main(["--depth", "24", "--bf16", "--gpus", "5", "1", "--gpu", "H100", "H200"])
+    head, indivisible, *large, one = capsys.readouterr().out.splitlines()[4:]
+    assert head.split()[:6] == ["GPUs", "TP", "PP", "VPP", "EP", "DP"]
+    assert indivisible.startswith("5 H100/H200  none: DP5: --global-batch-size 512 is not divisible")
+    assert [line.partition(" GiB")[0] for line in large] == ["1 H100  none: one GPU: needs 80.6"]
+    assert one.split()[:7] == ["1", "H200", "1", "1", "1", "1", "1"]
+
+
+def test_saves_are_as_often_as_failures_ask(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--depth 24 --bf16 --gpus 1024 --checkpoint-bandwidth 2"
+    result = plan(capsys, flags)
+    found, size = result["checkpoint_cadence"], result["checkpoint_bytes"]
+    assert found["save_seconds"] == pytest.approx(size / 2e9)
+    assert found["failure_hours"] == pytest.approx(50_000 / 1024)
+    assert found["young_seconds"] == pytest.approx(math.sqrt(2 * found["save_seconds"] * 3600 * found["failure_hours"]))
+    assert found["daly_seconds"] == pytest.approx(found["young_seconds"], rel=0.02)
+    assert plan(capsys, f"{flags} --gpu-mtbf-hours 5000")["checkpoint_cadence"]["lost"] > found["lost"]
+
+
+def test_dalys_interval_loses_least() -> None:
+    storage = Storage(bytes_per_s=1e9, gpu_mtbf_hours=1000.0, restart_minutes=5.0)
+    best = cadence(10**11, storage, gpus=1000, step_seconds=1.0)
+
+    def lost(seconds: float) -> float:
+        """Of Daly's model, one step of so many seconds."""
+        mean, save, restart = 3600.0, 100.0, 300.0
+        return 1 - seconds / mean / math.exp(restart / mean) / math.expm1((seconds + save) / mean)
+
+    assert best.lost == pytest.approx(lost(best.steps))
+    assert best.lost < min(lost(factor * best.steps) for factor in (0.7, 0.9, 1.1, 1.4))
+    # Failures more often than saves can be: work as long as one failure takes to come, and lose nearly all.
+    assert cadence(10**13, storage, gpus=1000, step_seconds=1.0).daly_seconds == 3600.0
 
 
 def test_stages_together_are_the_model() -> None:

@@ -1,0 +1,76 @@
+"""The benchmark of scaling: predictions are what ranks do (it asserts that itself), and what they must obey."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.optimizer_scaling.calibrating import Rates, calibrate
+from benchmarks.optimizer_scaling.predicting import point, weak
+from megatron_hyperp.optim.tensor_parallel import Cost
+from megatron_hyperp.planning.step import StepCost
+
+RUN = Path(__file__).resolve().parents[2] / "benchmarks/optimizer_scaling/run.py"
+NOTHING = Cost(0.0, 0.0, 0.0, 0)
+
+
+def counts(ranks: str, slices: str) -> list[list[str]]:
+    """Rows of the table of counts."""
+    command = [sys.executable, RUN, "--measure", *ranks.split(), "--slices", *slices.split(), "--repeats", "0"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert shown.returncode == 0, shown.stderr
+    _, *rows, last = shown.stdout.splitlines()
+    assert last == f"{len(rows)} cases: counted as predicted"
+    return [row.split() for row in rows]
+
+
+def test_ranks_do_what_is_predicted() -> None:
+    """FLOPs, bytes and collectives of two ranks, data- and tensor-parallel, dense and with experts."""
+    rows = counts("2", "tiny d8")
+    assert [row[:3] for row in rows] == [
+        ["tiny", "2", "DP2"],
+        ["tiny", "2", "TP2"],
+        ["d8", "2", "DP2"],
+        ["d8", "2", "TP2"],
+    ]
+    assert all(float(flops) > 0 and float(sent) > 0 and int(calls) > 3 for *_, flops, sent, calls in rows)
+
+
+@pytest.mark.slow
+def test_one_to_eight_ranks_do_what_is_predicted() -> None:
+    """Of all slices; on eight ranks a team shares the heavy matrices of the deepest."""
+    assert len(counts("1 2 4 8", "d8 d24 moe-d8 moe-d24 tiny")) == 5 * 7
+
+
+def test_a_cost_model_finds_the_rates_that_made_the_times() -> None:
+    rates = Rates(flop=1e-11, touched=1e-9, sent=2e-9, collective=1e-3)
+
+    def costs(ranks: int, flops: float, touched: float, sent: float, calls: int) -> list[StepCost]:
+        exchange = Cost(0.0, sent, 0.0, calls)
+        return [StepCost(Cost(flops, 0.0, 0.0, 0), exchange, NOTHING, touched) for _ in range(ranks)]
+
+    alone = [costs(1, 4e10, 1e8, 0.0, 0), costs(1, 1e10, 3e8, 0.0, 0)]
+    pairs = [costs(2, 2e10, 5e7, 4e7, 4), costs(2, 5e9, 1e8, 1e7, 12)]
+    found = calibrate([(item, rates.step(item, 2)) for item in alone], [(item, rates.step(item, 2)) for item in pairs])
+    for name in ("flop", "touched", "sent", "collective"):
+        assert getattr(found, name) == pytest.approx(getattr(rates, name))
+    # Eight ranks share two cores.
+    assert rates.step(costs(8, 1e10, 0.0, 0.0, 0), cores=2) == pytest.approx(4 * 0.1)
+
+
+def test_work_is_dealt_out_and_never_less_than_all_of_it() -> None:
+    points = [point("dense_d8", ranks) for ranks in (1, 8, 64)]
+    assert points[0].busiest == points[0].work == points[1].work
+    for item in points:
+        assert item.busiest * item.ranks >= item.work * (1 - 1e-9)
+    assert points[1].efficiency == pytest.approx(points[0].efficiency)
+    # A rank of 64 still takes part in a whole matrix's work.
+    assert points[2].busiest > points[2].work / 64
+
+
+def test_weak_scaling_keeps_the_work_of_a_rank() -> None:
+    shares = [item.work / item.ranks for item in weak("dense")]
+    assert max(shares) < 1.3 * min(shares)
