@@ -93,7 +93,7 @@ choose_layout() {
     mkdir -p "$RUN_DIR"
     # Every node that starts may come by here, and finds the same.
     local draft=$file.$HOSTNAME.$$
-    "$PYTHON" tools/plan_run.py --config "$recipe" --gpus "$1" --gpu "$GPU" --yaml "$draft" || exit
+    "$PYTHON" tools/plan_run.py --config "$recipe" "${flags[@]}" --gpus "$1" --gpu "$GPU" --yaml "$draft" || exit
     mv "$draft" "$file"
   fi
   [ -f "$file" ] || refuse "there is no layout $file; set LAYOUT to a config file, to none or to auto"

@@ -65,6 +65,17 @@ def test_dry_run_of_one_node(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["layout_8xH100.yaml"]
 
 
+def test_dry_run_of_many_nodes(tmp_path: Path) -> None:
+    """What the flags say of the model is planned with: the recipe's 63 experts would divide by no such number."""
+    words = (JOB, "moe_d24", "--num-experts", "64")
+    job = {"NNODES": 128, "NPROC_PER_NODE": 8, "GPU": "H200", "RUN_DIR": tmp_path, "DRY_RUN": 1}
+    done = bash(*words, **job)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--nnodes 128 " in done.stdout
+    assert "rank 1023 of 1024" in done.stdout
+    assert "expert_model_parallel_size: " in (tmp_path / "layout_1024xH200.yaml").read_text()
+
+
 @pytest.mark.parametrize(
     ("settings", "launch"),
     [
