@@ -97,21 +97,6 @@ def test_flags_without_effect(tmp_path: Path, fields: dict[str, Any], words: str
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        ({"radius_scale": 2.0}, "--radius-scale is a factor on radii from shapes"),
-        ({"matrix_split": "head"}, "--matrix-split makes matrices"),
-        ({"optimizer": "muon"}, "--optimizer muon has no spheres"),
-        ({"fp8_format": "e4m3", "fp8_emulation": True, "fp8_weight_scale": "sphere"}, "takes radii from shapes"),
-    ],
-)
-def test_radii_from_weights_go_with_what_they_fit(overrides: dict[str, Any], words: str) -> None:
-    model_config(radius="from-weights")
-    with pytest.raises(UsageError, match=words):
-        model_config(radius="from-weights", **overrides)
-
-
 def test_radii_from_weights_need_a_checkpoint_that_has_them(tmp_path: Path) -> None:
     write_random(tmp_path / "ours", radius="from-weights")
     config = model_config(radius="from-weights")
