@@ -83,6 +83,7 @@ def test_what_cannot_be_averaged_is_refused(tmp_path: Path) -> None:
         ({"source": "hf", "average": 2}, "--average needs --from hyperp"),
         ({"average": 2, "radius": "from-weights"}, "leave out --radius"),
         ({"target": "hf", "weights_only": True}, "--weights-only needs --from and --to hyperp"),
+        ({"shard_bytes": 1}, "--max-shard-size needs --to hf"),
         ({"tokenizer": "x.model"}, "--tokenizer needs --to hf"),
         ({"config": "x.yaml"}, "--config needs --from archscale"),
         ({"target": "hf", "layout": Layout(tp=2)}, "with --to hf give --max-shard-size"),
