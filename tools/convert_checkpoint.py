@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks that the output is cut for [1]")
     result.add_argument("--pp", type=int, default=1, help="pipeline stages, each with files of its own [1]")
     result.add_argument("--ep", type=int, default=1, help="expert-parallel ranks [1]")
-    result.add_argument("--max-shard-size", default="5GB", help="of a safetensors file [5GB]")
+    result.add_argument("--max-shard-size", help="with --to hf: of a safetensors file [5GB]")
     result.add_argument(
         "--tokenizer", help="with --to hf: SentencePiece .model, tokenizer.json, or none [the one of the training]"
     )
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
         output=options.output,
         layout=Layout(options.tp, options.pp, options.ep),
         dtype=DTYPES[options.dtype] if options.dtype else None,
-        shard_bytes=_bytes(options.max_shard_size),
+        shard_bytes=_bytes(options.max_shard_size) if options.max_shard_size else None,
         tokenizer=options.tokenizer,
         radius=options.radius,
         average=options.average,

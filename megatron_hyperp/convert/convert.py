@@ -26,6 +26,7 @@ from megatron_hyperp.progress import ProgressBar
 
 FROM = ("hyperp", "hf", "megatron-lm", "archscale")
 TO = ("hyperp", "hf", "megatron-lm")
+SHARD_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Job:
         output: folder to write, which is not there yet.
         layout: that a torch_dist output is cut for.
         dtype: of the weights written; None for the source's.
-        shard_bytes: of a safetensors file.
+        shard_bytes: of a safetensors file; None for :data:`SHARD_BYTES`.
         tokenizer: that goes with the weights; "none", or None for the one that the source names.
         radius: of the spheres in a later training: "stateless", or "from-weights".
         average: so many of the newest checkpoints; 0: one.
@@ -54,7 +55,7 @@ class Job:
     output: str
     layout: Layout
     dtype: torch.dtype | None
-    shard_bytes: int
+    shard_bytes: int | None
     tokenizer: str | None
     radius: str
     average: int
@@ -146,6 +147,7 @@ def _check_flags(job: Job) -> None:
         ("--radius from-weights", job.radius == "from-weights" and job.target != "hyperp", "--to hyperp"),
         ("--average", bool(job.average) and job.source != "hyperp", "--from hyperp"),
         ("--weights-only", job.weights_only and not job.source == job.target == "hyperp", "--from and --to hyperp"),
+        ("--max-shard-size", job.shard_bytes is not None and job.target != "hf", "--to hf"),
         ("--tokenizer", job.tokenizer is not None and job.target != "hf", "--to hf"),
         ("--config", job.config is not None and job.source != "archscale", "--from archscale"),
     ):
@@ -173,11 +175,18 @@ def describe(job: Job, source: Source, *, whole: bool, size: int) -> list[str]:
     what = "weights and optimizer state" if whole else "weights"
     lines.append(f"write {job.target} {job.output}: {what} in {dtype}, {size / 1e9:.3f} GB")
     if job.target == "hf":
-        lines.append(f"as {hf_config.architecture(source.config)}, files of at most {job.shard_bytes / 1e9:g} GB")
+        lines.append(
+            f"as {hf_config.architecture(source.config)}, files of at most {(job.shard_bytes or SHARD_BYTES) / 1e9:g} GB"
+        )
     else:
         lines.append(f"cut for TP {job.layout.tp}, PP {job.layout.pp}, EP {job.layout.ep}")
     if job.target == "hyperp" and not whole:
         lines.append("without optimizer state: a training that loads it begins at its first iteration")
+    if job.target == "hyperp" and job.radius == "stateless" and source.extras.foreign:
+        lines.append(
+            "note: a training will scale matrices to the radii of their shapes, which changes what the model computes;"
+            " --radius from-weights keeps their own"
+        )
     if job.target == "megatron-lm":
         lines.append(f"for Megatron-LM's flags --load {job.output} {megatron_lm.FLAGS}")
     if job.average:
@@ -196,7 +205,7 @@ def _write(
             partial,
             source,
             dtype=job.dtype,
-            shard_bytes=job.shard_bytes,
+            shard_bytes=job.shard_bytes or SHARD_BYTES,
             tokenizer=None if tokenizer == "none" else tokenizer,
             advance=advance,
         )

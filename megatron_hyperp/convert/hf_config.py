@@ -10,6 +10,8 @@ from megatron_hyperp.errors import UsageError
 QWEN3, LLAMA, OURS = "Qwen3ForCausalLM", "LlamaForCausalLM", "HyperPForCausalLM"
 MODEL_TYPES = {QWEN3: "qwen3", LLAMA: "llama", OURS: "hyperp"}
 CODE_FILE = "modeling_hyperp.py"
+# Head size of a Qwen3 whose config.json does not say.
+_QWEN3_HEAD = 128
 # Fields of config.json by name, with the only value that our model can express.
 _ONLY = {
     "attention_bias": False,
@@ -102,7 +104,8 @@ def from_json(content: dict[str, Any], where: str) -> Config:
         model.num_layers, model.ffn_hidden_size = content["num_hidden_layers"], content["intermediate_size"]
         model.num_attention_heads = content["num_attention_heads"]
         model.num_query_groups = content.get("num_key_value_heads") or model.num_attention_heads
-        model.kv_channels = content.get("head_dim") or model.hidden_size // model.num_attention_heads
+        head = _QWEN3_HEAD if names[0] == QWEN3 else model.hidden_size // model.num_attention_heads
+        model.kv_channels = content.get("head_dim") or head
         model.norm_epsilon = float(content["rms_norm_eps"])
         model.rotary_base = _rotary_base(content, where)
     except KeyError as error:

@@ -89,7 +89,7 @@ class HuggingFaceSource(Source):
         found = next((str(path.resolve()) for path in tokenizers if path.is_file()), None)
         if not ours:
             self.config.data.tokenizer_model = found
-        self.extras = Extras(state.get("progress", {}), state.get("radii"), found)
+        self.extras = Extras(state.get("progress", {}), state.get("radii"), found, foreign=not ours)
         self._files = TensorReader(self.folder)
         self._undo = TensorReader(self.folder, UNDO) if (self.folder / f"{UNDO}.safetensors").is_file() else None
         self._map = name_map(self.config)

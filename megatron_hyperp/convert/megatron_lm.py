@@ -139,6 +139,7 @@ class MegatronSource(Source):
             progress=state.get("progress") or {"iteration": int(common.get("iteration", 0))},
             radii=state.get("radii"),
             tokenizer=self.config.data.tokenizer_model,
+            foreign=not state,
         )
         self._undo = TensorReader(folder, UNDO) if (folder / f"{UNDO}.safetensors").is_file() else None
         self._folding = _Folding(self.config)

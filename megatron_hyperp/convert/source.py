@@ -41,11 +41,13 @@ class Extras:
         radii: of matrices whose spheres are those of their weights at an import, by name; None if they follow from
             shapes.
         tokenizer: file of the tokenizer, if it came with the weights.
+        foreign: whether the weights were never on spheres.
     """
 
     progress: dict[str, int] = field(default_factory=dict)
     radii: dict[str, float] | None = None
     tokenizer: str | None = None
+    foreign: bool = False
 
 
 class Source(ABC):

@@ -83,6 +83,7 @@ def test_what_cannot_be_averaged_is_refused(tmp_path: Path) -> None:
         ({"source": "hf", "average": 2}, "--average needs --from hyperp"),
         ({"average": 2, "radius": "from-weights"}, "leave out --radius"),
         ({"target": "hf", "weights_only": True}, "--weights-only needs --from and --to hyperp"),
+        ({"shard_bytes": 1}, "--max-shard-size needs --to hf"),
         ({"tokenizer": "x.model"}, "--tokenizer needs --to hf"),
         ({"config": "x.yaml"}, "--config needs --from archscale"),
         ({"target": "hf", "layout": Layout(tp=2)}, "with --to hf give --max-shard-size"),
@@ -95,21 +96,6 @@ def test_flags_without_effect(tmp_path: Path, fields: dict[str, Any], words: str
     with pytest.raises(UsageError, match=words):
         convert(job(input=tmp_path / "ours", output=tmp_path / "out", **kinds))
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
-
-
-@pytest.mark.parametrize(
-    ("overrides", "words"),
-    [
-        ({"radius_scale": 2.0}, "--radius-scale is a factor on radii from shapes"),
-        ({"matrix_split": "head"}, "--matrix-split makes matrices"),
-        ({"optimizer": "muon"}, "--optimizer muon has no spheres"),
-        ({"fp8_format": "e4m3", "fp8_emulation": True, "fp8_weight_scale": "sphere"}, "takes radii from shapes"),
-    ],
-)
-def test_radii_from_weights_go_with_what_they_fit(overrides: dict[str, Any], words: str) -> None:
-    model_config(radius="from-weights")
-    with pytest.raises(UsageError, match=words):
-        model_config(radius="from-weights", **overrides)
 
 
 def test_radii_from_weights_need_a_checkpoint_that_has_them(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def job(**fields: Any) -> Job:
     default: dict[str, Any] = {
         "layout": Layout(),
         "dtype": None,
-        "shard_bytes": 100_000,
+        "shard_bytes": None,
         "tokenizer": None,
         "radius": "stateless",
         "average": 0,

@@ -218,6 +218,24 @@ REFUSALS = [
         "a multiple of 8; the nearest: 64 and 72$",
     ),
     Refusal(f"{SMALL} --fp8-emulation", "--fp8-emulation needs --fp8-format", "give hybrid or e4m3, or leave it out$"),
+    # Radii of an import
+    Refusal(
+        f"{SMALL} --radius from-weights --radius-scale 2",
+        "--radius-scale is a factor on radii from shapes",
+        "leave one of them out",
+    ),
+    Refusal(
+        f"{SMALL} --radius from-weights --matrix-split head",
+        "--matrix-split makes matrices of which none were measured",
+        "leave one",
+    ),
+    Refusal(f"{SMALL} --radius from-weights --optimizer muon", "--optimizer muon has no spheres", "leave one"),
+    Refusal(
+        f"{SMALL} --radius from-weights --fp8-format e4m3 --fp8-emulation --fp8-weight-scale sphere",
+        "--fp8-weight-scale sphere takes radii from shapes",
+        "leave one",
+    ),
+    # FP8
     Refusal(f"{SMALL} --fp8-weight-scale sphere", "--fp8-weight-scale sphere needs --fp8-format", "leave it out$"),
     Refusal(
         f"{SMALL} --num-layers-at-start-in-bf16 1", "--num-layers-at-start-in-bf16 needs --fp8-format", "leave it out$"
