@@ -45,9 +45,6 @@ REFUSALS = [
     Refusal(f"{SMALL} --adam-beta1 1.5", "--adam-beta1 is 1.5", "at least 0 and below 1"),
     Refusal(f"{SMALL} --adam-beta2=-0.5", "--adam-beta2 is -0.5", "at least 0 and below 1"),
     Refusal(f"{SMALL} --seed 4294967296", "--seed is 4.29", r"from 0 to 2\^32 - 1"),
-    Refusal(f"{SMALL} --radius from-weights --radius-scale 2", "--radius from-weights: --radius-scale", "leave one"),
-    Refusal(f"{SMALL} --radius from-weights --matrix-split head", "--radius from-weights: --matrix-split", "leave one"),
-    Refusal(f"{SMALL} --radius from-weights --optimizer adamw", "--optimizer adamw has no spheres", "leave one"),
     # Architecture
     Refusal("--hidden-size 64", "--num-layers", "or --depth"),
     Refusal("--num-layers 4", "--hidden-size", "or --depth"),
