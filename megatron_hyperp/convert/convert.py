@@ -176,7 +176,8 @@ def describe(job: Job, source: Source, *, whole: bool, size: int) -> list[str]:
     lines.append(f"write {job.target} {job.output}: {what} in {dtype}, {size / 1e9:.3f} GB")
     if job.target == "hf":
         lines.append(
-            f"as {hf_config.architecture(source.config)}, files of at most {(job.shard_bytes or SHARD_BYTES) / 1e9:g} GB"
+            f"as {hf_config.architecture(source.config)},"
+            f" files of at most {(job.shard_bytes or SHARD_BYTES) / 1e9:g} GB"
         )
     else:
         lines.append(f"cut for TP {job.layout.tp}, PP {job.layout.pp}, EP {job.layout.ep}")
