@@ -175,10 +175,8 @@ def describe(job: Job, source: Source, *, whole: bool, size: int) -> list[str]:
     what = "weights and optimizer state" if whole else "weights"
     lines.append(f"write {job.target} {job.output}: {what} in {dtype}, {size / 1e9:.3f} GB")
     if job.target == "hf":
-        lines.append(
-            f"as {hf_config.architecture(source.config)},"
-            f" files of at most {(job.shard_bytes or SHARD_BYTES) / 1e9:g} GB"
-        )
+        shard = (job.shard_bytes or SHARD_BYTES) / 1e9
+        lines.append(f"as {hf_config.architecture(source.config)}, files of at most {shard:g} GB")
     else:
         lines.append(f"cut for TP {job.layout.tp}, PP {job.layout.pp}, EP {job.layout.ep}")
     if job.target == "hyperp" and not whole:
