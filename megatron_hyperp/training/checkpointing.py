@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import random
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import torch
 
 from megatron_hyperp import arguments
 from megatron_hyperp.config import Config
-from megatron_hyperp.convert.pickles import load_values
+from megatron_hyperp.convert.pickles import load_metadata, load_values
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.files import write_atomically
 from megatron_hyperp.training.logging import CONFIG_FILE
@@ -74,9 +76,11 @@ def common_state(folder: Path) -> dict[str, Any]:
     """Return what all ranks share in a checkpoint: plain values.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: it cannot be read, or its pickles hold code objects.
     """
     try:
+        # Megatron-Core reads this again, and would run what it names.
+        load_metadata(folder / ".metadata")
         common = load_values(folder / "common.pt")
     except UsageError as error:
         raise UsageError(
@@ -152,7 +156,9 @@ def load_checkpoint(
             state = _sharded_models(chunks, with_fp8_state=False)
         else:
             state = sharded_state(chunks, optimizer, with_random_state=same_layout, with_fp8_state=history)
-        loaded = dist_checkpointing.load(state, str(folder))
+        # TransformerEngine's history is pickled by itself; all else are tensors and plain values.
+        with nullcontext() if history else _no_code():
+            loaded = dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:
         # Torch's exception is no Exception, and holds the reasons by rank.
         reasons = [failure[0] for failure in getattr(error, "failures", {}).values()]
@@ -179,6 +185,21 @@ def load_checkpoint(
     if same_layout:
         _restore_random_state(loaded["rng"][0])
     return Progress(**loaded["progress"]), loaded["run_id"]
+
+
+@contextmanager
+def _no_code() -> Iterator[None]:
+    """Have ``torch.load`` refuse code objects, whatever its caller asks for."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def keeps_fp8_history(config: Config) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
 import re
 import shutil
 import signal
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_hyperp import arguments
 from megatron_hyperp.config import ParallelConfig
@@ -216,6 +219,47 @@ def test_a_damaged_checkpoint_is_one_line(
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert f"the checkpoint {folder} cannot be read" in result.stderr
+
+
+class Hostile:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return subprocess.call, (["touch", str(self.proof)],)
+
+
+def hostile_metadata(folder: Path, proof: Path) -> None:
+    (folder / ".metadata").write_bytes(pickle.dumps(Hostile(proof)))
+
+
+def hostile_object(folder: Path, proof: Path) -> None:
+    """Put one in the place of the random states."""
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    index = next(index for index in metadata.storage_data if index.fqn.startswith("rng_state"))
+    info = metadata.storage_data[index]
+    stream = io.BytesIO()
+    torch.save(Hostile(proof), stream)
+    with (folder / info.relative_path).open("ab") as file:
+        info.offset, info.length = file.tell(), len(stream.getvalue())
+        file.write(stream.getvalue())
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+@pytest.mark.parametrize("plant", [hostile_metadata, hostile_object])
+def test_code_in_a_checkpoint_is_refused_and_not_run(
+    workspace: Path, straight: Path, tmp_path: Path, plant: Callable[[Path, Path], None]
+) -> None:
+    folder, proof = tmp_path / "iter_0000020", tmp_path / "proof"
+    shutil.copytree(straight / "checkpoints" / "iter_0000020", folder)
+    plant(folder, proof)
+    result = run(workspace / "config.yaml", "--run-dir", tmp_path, "--load", folder, "--train-iters", 30, *TP2, ranks=2)
+    assert "Traceback" not in result.stderr.split("torch/distributed")[0]
+    assert f"the checkpoint {folder} cannot be read" in result.stderr
+    assert "exitcode  : 2 " in result.stderr
+    assert not proof.exists()
 
 
 @pytest.mark.parametrize("tracker", [b"\xff\xfe", "²".encode(), b"", b"7"])
