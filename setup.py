@@ -23,6 +23,7 @@ setup(
         "megatron-core>=0.16.1,<0.17",
         # Megatron-Core uses psutil when it saves a checkpoint, and does not declare it.
         "psutil",
+        "xxhash",
         "numpy",
         "scipy",
         "sentencepiece",

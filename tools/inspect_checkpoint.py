@@ -5,7 +5,7 @@ import fnmatch
 import json
 from typing import Any
 
-from megatron_hyperp import arguments
+from megatron_hyperp import arguments, checksums
 from megatron_hyperp.convert.hyperp import HyperPSource
 from megatron_hyperp.convert.inspection import (
     Difference,
@@ -16,18 +16,20 @@ from megatron_hyperp.convert.inspection import (
     state_rows,
     weight_rows,
 )
-from megatron_hyperp.errors import run_command
+from megatron_hyperp.errors import UsageError, run_command
 from megatron_hyperp.text import aligned
 
 EXIT_DIFFERENT = 1
 
 
 def main(argv: list[str]) -> int:
-    """Inspect one checkpoint, or compare two; return 1 if two differ."""
+    """Inspect one checkpoint, or compare two; return 1 if two differ, or one is damaged."""
     options = _parse(argv)
     if options.diff:
         return _compare(HyperPSource(options.diff[0]), HyperPSource(options.diff[1]), options)
     source = HyperPSource(options.checkpoint)
+    if options.verify:
+        return _verify(source)
     if options.config:
         print(arguments.to_yaml(source.config), end="")
         return 0
@@ -52,11 +54,27 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--optimizer", action="store_true", help="the optimizer's state as well")
     parser.add_argument("--tensors", default="*", metavar="PATTERN", help="only names like this: *.layers.0.* [*]")
     parser.add_argument("--config", action="store_true", help="print the run's config instead, as YAML")
+    parser.add_argument("--verify", action="store_true", help="compare checksums instead; exit code 1 if one differs")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(argv)
     if (options.checkpoint is None) == (options.diff is None):
         parser.error("give a checkpoint, or --diff with two")
     return options
+
+
+def _verify(source: HyperPSource) -> int:
+    """Say whether files are what they were when they were written; return the exit code."""
+    try:
+        sums, found = checksums.read(source.folder), checksums.faults(source.folder)
+    except ValueError as error:
+        sums, found = {}, [str(error)]
+    if sums is None:
+        raise UsageError(f"{source.folder} has no {checksums.FILE}: it was written before there were any, or elsewhere")
+    for line in found:
+        print(line)
+    size = sum(each.size for each in sums.values())
+    print(f"{source.folder}: {'damaged' if found else 'sound'}, {len(sums)} files of {size:,} bytes")
+    return EXIT_DIFFERENT if found else 0
 
 
 def _about(source: HyperPSource) -> dict[str, Any]:

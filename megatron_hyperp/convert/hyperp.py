@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_hyperp import __version__, arguments
+from megatron_hyperp import __version__, arguments, checksums
 from megatron_hyperp.convert.source import Extras, Source, check_shape, slab_of, split_sizes
 from megatron_hyperp.convert.storage import OPTIMIZER_STATE, CheckpointReader
 from megatron_hyperp.convert.writing import Item, Layout, write_checkpoint
@@ -132,4 +132,5 @@ def _write(
     folder.mkdir()
     (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
     write_checkpoint(folder, items, common, layout=layout, advance=advance)
+    checksums.write_all(folder)
     (root / TRACKER).write_text(f"{iteration}\n")

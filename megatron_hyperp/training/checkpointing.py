@@ -72,6 +72,17 @@ def find_checkpoint(root: str | Path) -> Path | None:
     return folder
 
 
+def candidates(root: str | Path) -> list[Path]:
+    """Return the newest complete checkpoint under ``root``, and the ones before it, newest first.
+
+    If ``root`` is a checkpoint itself, it is the only one. Raises: as :func:`find_checkpoint`.
+    """
+    newest = find_checkpoint(root)
+    if newest is None or newest == Path(root):
+        return [] if newest is None else [newest]
+    return [path for path in reversed(complete_checkpoints(Path(root))) if iteration_of(path) <= iteration_of(newest)]
+
+
 def common_state(folder: Path) -> dict[str, Any]:
     """Return what all ranks share in a checkpoint: plain values.
 

@@ -25,7 +25,7 @@ from megatron_hyperp.training.forward import Batches, forward_step
 from megatron_hyperp.training.logging import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, Console, MetricsWriter
 from megatron_hyperp.training.meter import Meter
 from megatron_hyperp.training.phases import Phases
-from megatron_hyperp.training.preflight import agree, check
+from megatron_hyperp.training.preflight import agree, check, verify
 from megatron_hyperp.training.profiling import FOLDER, Profiler
 from megatron_hyperp.training.saving import Saved, Saver
 from megatron_hyperp.training.setup import build, initialize_megatron
@@ -54,6 +54,7 @@ def pretrain(config: Config, *, world_size: int) -> int:
     if dist.get_rank() == 0:
         heartbeats.clear(config.logging.run_dir)
     agree(config, resume_from)
+    resume_from = verify(config, resume_from)
     trainer = Trainer(config, tokenizer, resume_from)
     with trainer.stop_requests.listening(), trainer.heartbeats.beating():
         try:

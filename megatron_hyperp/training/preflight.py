@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_hyperp import device, libraries
+from megatron_hyperp import checksums, device, libraries
 from megatron_hyperp.config import Config
 from megatron_hyperp.data.datasets import parse_blend
 from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
@@ -128,13 +131,14 @@ def _check_kernels(config: Config) -> None:
 
 def _checkpoint_to_load(config: Config) -> Path | None:
     load, save = config.checkpoint.load, config.checkpoint.save
-    folder = None
+    folders: list[Path] = []
     if load is not None:
-        folder = checkpointing.find_checkpoint(load)
-        if folder is None and (save is None or Path(load).resolve() != Path(save).resolve()):
+        folders = checkpointing.candidates(load)
+        if not folders and (save is None or Path(load).resolve() != Path(save).resolve()):
             raise UsageError(f"--load {load} holds no checkpoint; give a folder that does, or leave it out")
     if save is not None:
-        checkpointing.check_save_folder(save, folder)
+        checkpointing.check_save_folder(save, folders[0] if folders else None)
+    folder = first_sound(folders, checksums.first_fault)
     if folder is not None:
         common = checkpointing.common_state(folder)
         check_compatible(folder, config, weights_only=common.get(checkpointing.WEIGHTS_ONLY, False))
@@ -144,6 +148,70 @@ def _checkpoint_to_load(config: Config) -> Path | None:
             " tools/convert_checkpoint.py --radius from-weights"
         )
     return folder
+
+
+def first_sound(folders: Sequence[Path], fault: Callable[[Path], str | None]) -> Path | None:
+    """Return the first checkpoint that has no fault, and say which were passed over; None if there are none at all.
+
+    Args:
+        folders: in the order in which they are tried.
+        fault: says what is wrong with one.
+
+    Raises:
+        UsageError: all have faults; the first one's is told.
+    """
+    reasons: list[str] = []
+    for folder in folders:
+        reason = fault(folder)
+        if reason is None:
+            for other, told in zip(folders, reasons, strict=False):
+                _say(f"note: the checkpoint {other} is damaged ({told}); going back to {folder.name}")
+            return folder
+        reasons.append(reason)
+    if not reasons:
+        return None
+    raise UsageError(
+        f"the checkpoint {folders[0]} cannot be read ({reasons[0]}), and there is no sound one before it; name another"
+        " with --load, or start anew with another --save",
+        same_on_all_ranks=True,
+    )
+
+
+def verify(config: Config, found: Path | None) -> Path | None:
+    """Read all files of the checkpoint that was found, each rank its share, and go back to an older one if need be.
+
+    A collective call.
+
+    Raises:
+        UsageError: there is no sound one.
+    """
+    if found is None:
+        return None
+    assert config.checkpoint.load is not None
+    folders = checkpointing.candidates(config.checkpoint.load)
+    folder = first_sound(folders[folders.index(found) :], _fault_of_shares)
+    if folder is not None and folder != found:
+        common = checkpointing.common_state(folder)
+        check_compatible(folder, config, weights_only=common.get(checkpointing.WEIGHTS_ONLY, False))
+    return folder
+
+
+def _fault_of_shares(folder: Path) -> str | None:
+    """Compare checksums, files dealt out over all ranks; a collective call."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    found: list[str | None] = [None] * ranks
+    try:
+        names = sorted(checksums.read(folder) or {})
+        mine = next(iter(checksums.faults(folder, names[rank::ranks])), None)
+    except (OSError, ValueError) as error:
+        mine = str(error)
+    dist.all_gather_object(found, mine)
+    return next((each for each in found if each), None)
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(line, file=sys.stderr, flush=True)
 
 
 def agree(config: Config, resume_from: Path | None) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_hyperp import __version__
+from megatron_hyperp import __version__, checksums
 from megatron_hyperp.config import Config
 from megatron_hyperp.files import write_atomically
 from megatron_hyperp.processes import die_with_parent
@@ -142,7 +142,9 @@ class Saver:
 
     def _complete(self, partial: Path, saved: Saved) -> None:
         """Make what has been written the latest checkpoint."""
+        sums = _checksums(partial)
         if dist.get_rank() == 0:
+            checksums.write(partial, sums)
             if saved.folder.exists():
                 os.replace(saved.folder, saved.folder.with_name(f"partial_old_{saved.folder.name}"))
             os.replace(partial, saved.folder)
@@ -163,6 +165,18 @@ def _prepare(folder: Path, config: Config) -> Path:
         write_atomically(partial / CONFIG_FILE, config_text(config), durable=True)
     dist.barrier()
     return partial
+
+
+def _checksums(folder: Path) -> dict[str, checksums.Checksum]:
+    """Take the checksums of all files; each rank reads those that it has written, and all get them; collective."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    own = {path.name: checksums.checksum(path) for path in folder.glob(f"__{rank}_*.distcp")}
+    if rank == 0:
+        others = [path for path in folder.iterdir() if not path.name.endswith(".distcp")]
+        own |= {path.name: checksums.checksum(path) for path in others}
+    parts: list[dict[str, checksums.Checksum]] = [{}] * ranks
+    dist.all_gather_object(parts, own)
+    return {name: each for part in parts for name, each in part.items()}
 
 
 def drop_old(root: Path, keep: int, latest: int) -> None:

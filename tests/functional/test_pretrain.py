@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
 import re
 import shutil
@@ -29,6 +30,7 @@ from tests import tolerances
 from tests.functional.launch import ENTRY, ROOT, command, environment, run, train, write_config
 from tests.run_distributed import free_port
 from tests.toy import VOCABULARY, toy_config, write_corpus
+from tools import inspect_checkpoint
 
 TP2 = ("--tensor-model-parallel-size", 2)
 PP2 = ("--pipeline-model-parallel-size", 2)
@@ -219,6 +221,58 @@ def test_a_damaged_checkpoint_is_one_line(
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     assert f"the checkpoint {folder} cannot be read" in result.stderr
+
+
+def flip_bit(path: Path) -> None:
+    """Change one bit in the middle of a file, behind its back."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "told"),
+    [
+        ("__1_0.distcp", flip_bit, "__1_0.distcp is not what was written"),
+        ("__1_0.distcp", truncate, "__1_0.distcp has "),
+        ("common.pt", flip_bit, "common.pt is not what was written"),
+        ("checksums.json", lambda path: path.write_bytes(b"{"), "checksums.json is damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over(
+    workspace: Path, straight: Path, tmp_path: Path, name: str, damage: Callable[[Path], Any], told: str
+) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(straight / "checkpoints", checkpoints)
+    damage(checkpoints / "iter_0000020" / name)
+    back = ("--run-dir", tmp_path, "--save", checkpoints, "--load", checkpoints, *TP2)
+    result = run(workspace / "config.yaml", *back, ranks=2)
+    assert result.returncode == 0, result.stderr
+    [note] = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert note.startswith(f"note: the checkpoint {checkpoints}/iter_0000020 is damaged ({told}")
+    assert note.endswith("; going back to iter_0000015")
+    expected, got = training_rows(straight), training_rows(tmp_path)
+    for iteration in range(16, 21):
+        assert got[iteration]["loss"] == expected[iteration]["loss"]
+    # The damaged one has been written again.
+    assert inspect_checkpoint.main([str(checkpoints), "--verify"]) == 0
+
+
+def test_without_a_sound_checkpoint_nothing_is_trained(workspace: Path, straight: Path, tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(straight / "checkpoints", checkpoints)
+    for folder in checkpoints.glob("iter_*"):
+        flip_bit(folder / "__0_0.distcp")
+    result = run(
+        workspace / "config.yaml", "--run-dir", tmp_path, "--save", checkpoints, "--load", checkpoints, *TP2, ranks=2
+    )
+    assert f"the checkpoint {checkpoints}/iter_0000020 cannot be read (__0_0.distcp is not what" in result.stderr
+    assert "and there is no sound one before it; name another" in result.stderr
+    assert inspect_checkpoint.main([str(checkpoints), "--verify"]) == 1
 
 
 class Hostile:

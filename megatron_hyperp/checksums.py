@@ -1,0 +1,114 @@
+"""Checksums of a checkpoint's files: taken when it is written, compared before it is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from megatron_hyperp.files import write_atomically
+
+FILE = "checksums.json"
+# What every rank reads anyway, before there are process groups: compared by each of them.
+SMALL = 2**20
+_BLOCK = 2**24
+
+
+@dataclass(frozen=True, slots=True)
+class Checksum:
+    """What a file was when it was written.
+
+    Attributes:
+        size: bytes.
+        xxh3: XXH3 of its content, 128 bits in hexadecimal digits; no defence against someone who means to change it.
+    """
+
+    size: int
+    xxh3: str
+
+
+def checksum(path: Path) -> Checksum:
+    """Read a file for its checksum."""
+    digest, size = xxhash.xxh3_128(), 0
+    with path.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return Checksum(size, digest.hexdigest())
+
+
+def write(folder: Path, sums: Mapping[str, Checksum]) -> None:
+    """Write the checksums of a folder's files."""
+    content = {name: {"size": each.size, "xxh3_128": each.xxh3} for name, each in sorted(sums.items())}
+    write_atomically(folder / FILE, json.dumps(content, indent=1) + "\n", durable=True)
+
+
+def write_all(folder: Path) -> None:
+    """Take and write the checksums of all files of a folder."""
+    write(folder, {path.name: checksum(path) for path in folder.iterdir() if path.is_file()})
+
+
+def read(folder: Path) -> dict[str, Checksum] | None:
+    """Return the checksums of a folder's files; None if it has none.
+
+    Raises:
+        ValueError: they are damaged.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        return {
+            str(name): Checksum(int(entry["size"]), str(entry["xxh3_128"]))
+            for name, entry in json.loads(path.read_bytes()).items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{FILE} is damaged ({type(error).__name__})") from error
+
+
+def fault(folder: Path, name: str, expected: Checksum, *, content: bool = True) -> str | None:
+    """Say what is wrong with a file; None if nothing is.
+
+    Args:
+        folder: it is in.
+        name: of the file.
+        expected: when it was written.
+        content: read it; otherwise only its size is compared.
+    """
+    path = folder / name
+    if Path(name).name != name or not path.is_file():
+        return f"{name} is missing"
+    size = path.stat().st_size
+    if size != expected.size:
+        return f"{name} has {size:,} bytes of {expected.size:,}"
+    if content and checksum(path) != expected:
+        return f"{name} is not what was written"
+    return None
+
+
+def first_fault(folder: Path) -> str | None:
+    """Compare all sizes, and the content of small files; return what is wrong first, or None."""
+    try:
+        sums = read(folder)
+    except ValueError as error:
+        return str(error)
+    found = (fault(folder, name, each, content=each.size <= SMALL) for name, each in (sums or {}).items())
+    return next((each for each in found if each), None)
+
+
+def faults(folder: Path, names: Iterable[str] | None = None) -> list[str]:
+    """Compare files in full.
+
+    Args:
+        folder: they are in.
+        names: of some files; None for all that have checksums.
+
+    Raises:
+        ValueError: the checksums are damaged.
+    """
+    sums = read(folder) or {}
+    found = (fault(folder, name, sums[name]) for name in (sums if names is None else names))
+    return [each for each in found if each]
