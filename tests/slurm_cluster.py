@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -60,7 +61,7 @@ class Cluster:
 
     def __init__(self, folder: Path, settings: dict[str, str]) -> None:
         self.folder = folder
-        self.environ = {**os.environ, **settings, "SLURM_CONF": str(folder / "slurm.conf")}
+        self.environ = {**os.environ, "PYTHON": sys.executable, **settings, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def run(self, *words: object, **settings: object) -> str:
         """Run a command that must succeed, and return its output."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ from megatron_hyperp.training.meter import Meter
 from megatron_hyperp.training.phases import Phases
 from megatron_hyperp.training.preflight import agree, check, verify
 from megatron_hyperp.training.profiling import FOLDER, Profiler
+from megatron_hyperp.training.resiliency import launcher_reports
 from megatron_hyperp.training.saving import Saved, Saver
 from megatron_hyperp.training.setup import build, initialize_megatron
 from megatron_hyperp.training.signals import StopRequests
@@ -56,7 +58,7 @@ def pretrain(config: Config, *, world_size: int) -> int:
     agree(config, resume_from)
     resume_from = verify(config, resume_from)
     trainer = Trainer(config, tokenizer, resume_from)
-    with trainer.stop_requests.listening(), trainer.heartbeats.beating():
+    with trainer.stop_requests.listening(), trainer.heartbeats.beating(), launcher_reports() as trainer.report_alive:
         try:
             trainer.train()
         except BaseException as error:  # what saving raises is no Exception
@@ -130,6 +132,7 @@ class Trainer:
             config.logging.heartbeat_interval,
             lambda: (self.progress.iteration, self.phases.current),
         )
+        self.report_alive: Callable[[], None] = lambda: None
         self._skips_in_a_row = 0
         self.progress, run_id = Progress(), None
         if resume_from is not None:
@@ -224,6 +227,7 @@ class Trainer:
             self.progress.iteration += 1
             self.progress.consumed_samples += training.global_batch_size
             self.progress.consumed_tokens += config.batch_tokens
+            self.report_alive()
             meter.add(losses, lr, grad_norm)
             iteration, last = self.progress.iteration, self.progress.iteration == training.train_iters
             self.stopped = None if last else self.stop_requests.reason(self.optimizer.votes)

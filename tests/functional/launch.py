@@ -37,7 +37,8 @@ def command(config: Path, *flags: Any, ranks: int = 1) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+    """Environment of what tests launch; the scripts of examples take their Python from there."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "PYTHON": sys.executable}
 
 
 def run(config: Path, *flags: Any, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess[str]:
@@ -74,7 +75,8 @@ def launched(words: Sequence[str], **settings: Any) -> Iterator[subprocess.Popen
 
 def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
     """Return torchrun's workers by rank; they are not the processes that load data for them."""
-    found = [child for child in psutil.Process(launcher.pid).children() if ENTRY in child.cmdline()]
+    children = psutil.Process(launcher.pid).children()
+    found = [child for child in children if ENTRY in child.cmdline() and "RANK" in child.environ()]
     return sorted(found, key=lambda worker: int(worker.environ()["RANK"]))
 
 

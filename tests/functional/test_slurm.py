@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import yaml
 
 from megatron_hyperp.training.logging import read_events, read_metrics
-from tests.functional.launch import ROOT, train, wait_for_rows, write_config
+from tests.functional.launch import train, wait_for_rows, write_config
 from tests.slurm_cluster import OPTIONS, Cluster, slurm_cluster
 from tests.toy import toy_config, write_corpus
 
@@ -99,9 +100,8 @@ def test_a_sweep_is_a_job_array(cluster: Cluster, config: Path, tmp_path: Path) 
         "slurm": {"mem": 0},
     }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(spec))
-    python = ROOT / ".venv" / "bin" / "python"
     words = ["tools/sweep.py", tmp_path / "grid.yaml", "--slurm", "--workers", 2, "--output", tmp_path / "runs"]
-    said = cluster.run(python, *words)
+    said = cluster.run(sys.executable, *words)
     job = int(said.split(";")[0].split()[-1])
     for task in range(4):
         cluster.wait(f"{job}_{task}", "COMPLETED", "FAILED")
