@@ -18,9 +18,9 @@ from megatron_hyperp import arguments
 from megatron_hyperp.config import Config, ParallelConfig
 from megatron_hyperp.convert.folding import unfold_
 from megatron_hyperp.convert.mapping import NameMap, Part, Rules
-from megatron_hyperp.convert.pickles import load_values
 from megatron_hyperp.convert.source import Extras, Source, check_shape
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.pickles import load_values
 
 _OURS, _THEIRS = "decoder.layers.{}", "transformer.h.{}"
 # Norms without gains; LayerNormFunc, another such class, is no RMSNorm.

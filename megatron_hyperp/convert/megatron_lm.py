@@ -19,13 +19,13 @@ from megatron_hyperp import arguments
 from megatron_hyperp.config import Config
 from megatron_hyperp.convert.folding import fold_, unfold_
 from megatron_hyperp.convert.mapping import NameMap, Part, Rules, multipliers
-from megatron_hyperp.convert.pickles import megatron_classes
 from megatron_hyperp.convert.source import Extras, Source, check_shape, slab_of
 from megatron_hyperp.convert.state import CONFIG, UNDO, read_state, write_state
 from megatron_hyperp.convert.storage import CheckpointReader, Slab
 from megatron_hyperp.convert.tensor_files import Spec, TensorReader, TensorWriter
 from megatron_hyperp.convert.writing import Item, Layout, write_checkpoint
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.pickles import megatron_classes
 from megatron_hyperp.training.checkpointing import TRACKER, checkpoint_folder
 
 # Megatron-LM's name for a checkpoint of weights alone: it begins at iteration 0, and asks for no random states.

@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from megatron_hyperp.convert.pickles import load_metadata, load_values
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.pickles import load_metadata, load_values
 
 LAYERS, EXPERTS = "decoder.layers.", ".experts.experts."
 OPTIMIZER_STATE = "optimizer.state."

@@ -18,9 +18,9 @@ import torch
 
 from megatron_hyperp import arguments
 from megatron_hyperp.config import Config
-from megatron_hyperp.convert.pickles import load_metadata, load_values
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.files import write_atomically
+from megatron_hyperp.pickles import load_metadata, load_values
 from megatron_hyperp.training.logging import CONFIG_FILE
 
 # Of the state that all ranks share: a checkpoint without optimizer state, with which a training begins; and the radii

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
-from megatron_hyperp.convert.pickles import load_values
 from megatron_hyperp.convert.storage import FORMAT, CheckpointReader
 from megatron_hyperp.convert.writing import Item, Layout, cuts, write_checkpoint
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.files import finished_folder
+from megatron_hyperp.pickles import load_values
 
 FC1, EXPERT = "decoder.layers.mlp.linear_fc1.weight", "decoder.layers.mlp.experts.experts.linear_fc2.weight"
 PROJ = "decoder.layers.self_attention.linear_proj.weight"
