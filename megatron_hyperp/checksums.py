@@ -46,9 +46,9 @@ def write(folder: Path, sums: Mapping[str, Checksum]) -> None:
     write_atomically(folder / FILE, json.dumps(content, indent=1) + "\n", durable=True)
 
 
-def write_all(folder: Path) -> None:
-    """Take and write the checksums of all files of a folder."""
-    write(folder, {path.name: checksum(path) for path in folder.iterdir() if path.is_file()})
+def write_all(folder: Path, *, but: str) -> None:
+    """Take and write the checksums of all files of a folder but one."""
+    write(folder, {path.name: checksum(path) for path in folder.iterdir() if path.is_file() and path.name != but})
 
 
 def read(folder: Path) -> dict[str, Checksum] | None:

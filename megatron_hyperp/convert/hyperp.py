@@ -132,5 +132,6 @@ def _write(
     folder.mkdir()
     (folder / CONFIG_FILE).write_text(config, encoding="utf-8")
     write_checkpoint(folder, items, common, layout=layout, advance=advance)
-    checksums.write_all(folder)
+    # Users complete the config of what they import.
+    checksums.write_all(folder, but=CONFIG_FILE)
     (root / TRACKER).write_text(f"{iteration}\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,7 +45,8 @@ def test_killed_ranks_are_restarted_bit_for_bit(config: Path, tmp_path: Path) ->
             picked.choice(workers(launcher)).kill()
         _, errors = launcher.communicate(timeout=200)
     assert launcher.returncode == 0, errors
-    assert errors.count("failed (exitcode: -9)") == 2, errors
+    # Torchrun names the rank that it saw first: the killed one, or the one that lost it.
+    assert len(re.findall(r" failed \(exitcode: (-9|76)\) ", errors)) == 2, errors
     expected, found = read_metrics(straight), read_metrics(folder)
     assert len(expected) == len(found) == ITERATIONS
     for row, other in zip(expected, found, strict=True):

@@ -238,9 +238,11 @@ def truncate(path: Path) -> None:
     ("name", "damage", "told"),
     [
         ("__1_0.distcp", flip_bit, "__1_0.distcp is not what was written"),
-        ("__1_0.distcp", truncate, "__1_0.distcp has "),
+        pytest.param("__1_0.distcp", truncate, "__1_0.distcp has ", marks=pytest.mark.slow),
         ("common.pt", flip_bit, "common.pt is not what was written"),
-        ("checksums.json", lambda path: path.write_bytes(b"{"), "checksums.json is damaged"),
+        pytest.param(
+            "checksums.json", lambda path: path.write_bytes(b"{"), "checksums.json is damaged", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_damaged_checkpoint_is_passed_over(
@@ -302,7 +304,7 @@ def hostile_object(folder: Path, proof: Path) -> None:
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-@pytest.mark.parametrize("plant", [hostile_metadata, hostile_object])
+@pytest.mark.parametrize("plant", [pytest.param(hostile_metadata, marks=pytest.mark.slow), hostile_object])
 def test_code_in_a_checkpoint_is_refused_and_not_run(
     workspace: Path, straight: Path, tmp_path: Path, plant: Callable[[Path, Path], None]
 ) -> None:
