@@ -26,7 +26,7 @@ from tests.toy import toy_config, write_corpus
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("signals")
-    config = toy_config(write_corpus(folder), folder / "unused", num_layers=1, train_iters=150)
+    config = toy_config(write_corpus(folder), folder / "unused", num_layers=1, train_iters=100)
     write_config(config, folder / "config.yaml")
     return folder
 
@@ -64,11 +64,11 @@ def test_signals_stop_all_ranks_and_the_run_goes_on_bit_for_bit(workspace: Path)
         _, errors = launcher.communicate(timeout=100)
     assert f"exitcode  : {EXIT_STOPPED} " in errors
     second = int((folder / "checkpoints" / TRACKER).read_text())
-    assert first < second < 150
+    assert first < second < 100
     assert read_events(folder)[-1]["message"].startswith("SIGUSR1 ")
     train(workspace / "config.yaml", "--run-dir", folder, *saving(folder), ranks=2)
     expected, got = read_metrics(straight), read_metrics(folder)
-    assert len(expected) == len(got) == 150
+    assert len(expected) == len(got) == 100
     for row, other in zip(expected, got, strict=True):
         assert {**row, "tokens_per_s": 0.0} == {**other, "tokens_per_s": 0.0}
 
