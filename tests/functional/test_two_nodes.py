@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from megatron_hyperp.training.logging import read_events, read_metrics
@@ -91,7 +91,9 @@ def kill_all(name: str) -> None:
     """Kill every process of a node at once, as a power cut does."""
     listed = subprocess.run(["ip", "netns", "pids", name], check=True, capture_output=True, text=True).stdout.split()
     for pid in listed:
-        psutil.Process(int(pid)).kill()
+        # Some die with their parents.
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
 
 
 def assert_as_if_nothing_had_happened(run: Path, straight: Path) -> None:
