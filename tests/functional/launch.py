@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -75,9 +75,13 @@ def launched(words: Sequence[str], **settings: Any) -> Iterator[subprocess.Popen
 
 def workers(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
     """Return torchrun's workers by rank; they are not the processes that load data for them."""
-    children = psutil.Process(launcher.pid).children()
-    found = [child for child in children if ENTRY in child.cmdline() and "RANK" in child.environ()]
-    return sorted(found, key=lambda worker: int(worker.environ()["RANK"]))
+    found: dict[int, psutil.Process] = {}
+    for child in psutil.Process(launcher.pid).children():
+        # One that has just ended has neither.
+        with suppress(psutil.Error):
+            if ENTRY in child.cmdline() and "RANK" in child.environ():
+                found[int(child.environ()["RANK"])] = child
+    return [found[rank] for rank in sorted(found)]
 
 
 def wait_for_rows(folder: Path, rows: int, process: subprocess.Popen[str] | None) -> None:
