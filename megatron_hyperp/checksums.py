@@ -84,9 +84,10 @@ def fault(folder: Path, name: str, expected: Checksum, *, content: bool = True) 
     size = path.stat().st_size
     if size != expected.size:
         return f"{name} has {size:,} bytes of {expected.size:,}"
-    if content and checksum(path) != expected:
-        return f"{name} is not what was written"
-    return None
+    try:
+        return f"{name} is not what was written" if content and checksum(path) != expected else None
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
 
 
 def first_fault(folder: Path) -> str | None:

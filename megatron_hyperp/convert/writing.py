@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from megatron_hyperp.convert.storage import COMMON_FILE, FORMAT, FORMAT_FILE, LAYERS, Slab
 from megatron_hyperp.errors import UsageError
@@ -205,12 +205,13 @@ def _metadata(plans: Sequence[SavePlan]) -> Metadata:
     return Metadata(tensors)
 
 
-class _Puller(SavePlanner):
+class _Puller(DefaultSavePlanner):
     """Answers torch's writer: reads a slab when its first chunk is due, and keeps it until its last."""
 
     def __init__(
         self, items: Sequence[Item], stacks: dict[str, tuple[int, ...]], advance: Callable[[int], None]
     ) -> None:
+        super().__init__()
         self._items = {item.slab: item for item in items}
         self._stacks, self._advance = stacks, advance
         self._held: tuple[Slab, torch.Tensor] | None = None
@@ -234,18 +235,3 @@ class _Puller(SavePlanner):
         block = block.view(chunk.sizes) if block.is_contiguous() else block.reshape(chunk.sizes)
         # torch.save writes all memory that a view looks at.
         return block if block.numel() * block.itemsize == block.untyped_storage().nbytes() else block.clone()
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: plans are made by :func:`write_checkpoint`."""
-
-    def create_local_plan(self) -> SavePlan:
-        """Not asked for."""
-        raise NotImplementedError
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Not asked for."""
-        raise NotImplementedError
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        """Not asked for."""
-        raise NotImplementedError

@@ -54,6 +54,15 @@ def train(config: Path, *flags: Any, ranks: int = 1, timeout: float = 240) -> st
     return result.stdout
 
 
+def assert_same_run(found: Path, expected: Path, rows: int | None = None) -> None:
+    """Two runs wrote the same metrics to the bit, but for their speed; so many rows, if that is given."""
+    ours, theirs = read_metrics(found), read_metrics(expected)
+    assert len(ours) == len(theirs)
+    assert rows in (None, len(ours))
+    for row, other in zip(ours, theirs, strict=True):
+        assert {**row, "tokens_per_s": 0.0} == {**other, "tokens_per_s": 0.0}
+
+
 @contextmanager
 def launched(words: Sequence[str], **settings: Any) -> Iterator[subprocess.Popen[str]]:
     """Start a launcher; see that nothing is left at the end.

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from megatron_hyperp.training.logging import read_events, read_metrics
-from tests.functional.launch import launched, train, wait_for_rows, workers, write_config
+from megatron_hyperp.training.logging import read_events
+from tests.functional.launch import assert_same_run, launched, train, wait_for_rows, workers, write_config
 from tests.toy import toy_config, write_corpus
 
 ITERATIONS = 60
@@ -47,10 +47,7 @@ def test_killed_ranks_are_restarted_bit_for_bit(config: Path, tmp_path: Path) ->
     assert launcher.returncode == 0, errors
     # Torchrun names the rank that it saw first: the killed one, or the one that lost it.
     assert len(re.findall(r" failed \(exitcode: (-9|76)\) ", errors)) == 2, errors
-    expected, found = read_metrics(straight), read_metrics(folder)
-    assert len(expected) == len(found) == ITERATIONS
-    for row, other in zip(expected, found, strict=True):
-        assert {**row, "tokens_per_s": 0.0} == {**other, "tokens_per_s": 0.0}, f"killed after {kills}"
+    assert_same_run(folder, straight, ITERATIONS)
 
 
 def test_a_stop_is_no_failure(config: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from megatron_hyperp.training.logging import read_events, read_metrics
-from tests.functional.launch import train, wait_for_rows, write_config
+from megatron_hyperp.training.logging import read_events
+from tests.functional.launch import assert_same_run, train, wait_for_rows, write_config
 from tests.slurm_cluster import OPTIONS, Cluster, slurm_cluster
 from tests.toy import toy_config, write_corpus
 
@@ -38,13 +38,6 @@ def kinds(run: Path) -> list[str]:
     return [event["kind"] for event in read_events(run)]
 
 
-def assert_same(run: Path, straight: Path) -> None:
-    found, expected = read_metrics(run), read_metrics(straight)
-    assert len(found) == len(expected)
-    for row, other in zip(found, expected, strict=True):
-        assert {**row, "tokens_per_s": 0.0} == {**other, "tokens_per_s": 0.0}
-
-
 def test_a_job_at_its_time_limit_goes_on_bit_for_bit(cluster: Cluster, config: Path, tmp_path: Path) -> None:
     """Slurm itself signals, by the template's own ``#SBATCH`` line: 120 to 180 s before the limit of four minutes."""
     run, straight, slowed = tmp_path / "run", tmp_path / "straight", ("--train-iters", 1800, "--global-batch-size", 128)
@@ -57,7 +50,7 @@ def test_a_job_at_its_time_limit_goes_on_bit_for_bit(cluster: Cluster, config: P
     assert read_events(run)[told.index("stopped")]["message"].startswith("SIGUSR1 ")
     assert "goes on in the next job" in cluster.output(job)
     train(config, "--run-dir", straight, *slowed, ranks=2, timeout=900)
-    assert_same(run, straight)
+    assert_same_run(run, straight)
 
 
 def test_a_chain_of_jobs_ends_with_the_tokens(cluster: Cluster, config: Path, tmp_path: Path) -> None:
@@ -72,7 +65,7 @@ def test_a_chain_of_jobs_ends_with_the_tokens(cluster: Cluster, config: Path, tm
     assert cluster.wait(third, "CANCELLED", "COMPLETED") == "CANCELLED"
     assert "stopped" in kinds(run)
     train(config, "--run-dir", straight, ranks=2)
-    assert_same(run, straight)
+    assert_same_run(run, straight)
 
 
 def test_a_job_that_gets_no_further_stays_down(cluster: Cluster, config: Path, tmp_path: Path) -> None:
