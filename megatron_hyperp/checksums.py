@@ -1,4 +1,4 @@
-"""Checksums of a checkpoint's files: taken when it is written, compared before it is loaded."""
+"""Checksums of files: taken when they are written, compared before they are used."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def checksum(path: Path) -> Checksum:
     return Checksum(size, digest.hexdigest())
 
 
-def write(folder: Path, sums: Mapping[str, Checksum]) -> None:
-    """Write the checksums of a folder's files."""
-    content = {name: {"size": each.size, "xxh3_128": each.xxh3} for name, each in sorted(sums.items())}
-    write_atomically(folder / FILE, json.dumps(content, indent=1) + "\n", durable=True)
+def write(folder: Path, sums: Mapping[str, Checksum], name: str = FILE) -> None:
+    """Write the checksums of a folder's files into a file there."""
+    content = {file: {"size": each.size, "xxh3_128": each.xxh3} for file, each in sorted(sums.items())}
+    write_atomically(folder / name, json.dumps(content, indent=1) + "\n", durable=True)
 
 
 def write_all(folder: Path, *, but: str) -> None:
@@ -51,22 +51,22 @@ def write_all(folder: Path, *, but: str) -> None:
     write(folder, {path.name: checksum(path) for path in folder.iterdir() if path.is_file() and path.name != but})
 
 
-def read(folder: Path) -> dict[str, Checksum] | None:
-    """Return the checksums of a folder's files; None if it has none.
+def read(folder: Path, name: str = FILE) -> dict[str, Checksum] | None:
+    """Return the checksums of a folder's files, from a file there; None if it has none.
 
     Raises:
         ValueError: they are damaged.
     """
-    path = folder / FILE
+    path = folder / name
     if not path.is_file():
         return None
     try:
         return {
-            str(name): Checksum(int(entry["size"]), str(entry["xxh3_128"]))
-            for name, entry in json.loads(path.read_bytes()).items()
+            str(file): Checksum(int(entry["size"]), str(entry["xxh3_128"]))
+            for file, entry in json.loads(path.read_bytes()).items()
         }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{FILE} is damaged ({type(error).__name__})") from error
+        raise ValueError(f"{path.name} is damaged ({type(error).__name__})") from error
 
 
 def fault(folder: Path, name: str, expected: Checksum, *, content: bool = True) -> str | None:

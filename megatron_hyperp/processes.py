@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Iterable
 
 PR_SET_PDEATHSIG = 1
 # Found before any fork: a child of a process with threads should load nothing.
@@ -24,3 +25,15 @@ def die_with_parent(parent: int, last_signal: signal.Signals = signal.SIGKILL) -
         _PRCTL(PR_SET_PDEATHSIG, int(last_signal), 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
+
+
+def serve_parent_alone(parent: int, ignored: Iterable[signal.Signals]) -> None:
+    """Die with the parent, and of no signal that is meant for it.
+
+    Args:
+        parent: its process ID.
+        ignored: signals that a scheduler sends to all processes of a job.
+    """
+    die_with_parent(parent)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)

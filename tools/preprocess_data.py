@@ -6,6 +6,7 @@ import argparse
 import os
 
 from megatron_hyperp.data.arguments import add_corpus_arguments, corpus_from_arguments, positive_int
+from megatron_hyperp.data.content import record
 from megatron_hyperp.data.indexed import CorpusSummary, write_corpus
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import run_command
@@ -25,6 +26,7 @@ def main(argv: list[str]) -> None:
         overwrite=arguments.overwrite,
         total_bytes=corpus.total_bytes,
     )
+    record(arguments.output_prefix)
     print(_describe(summary))
 
 

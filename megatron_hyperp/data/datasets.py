@@ -18,8 +18,8 @@ import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from numpy.lib import format as npy_format
 
+from megatron_hyperp import checksums
 from megatron_hyperp.data.batches import SampleDataset
 from megatron_hyperp.data.indexed import PrefixInfo, check_prefix, check_vocabulary
 from megatron_hyperp.data.tokenizer import Tokenizer
@@ -284,21 +284,25 @@ def _held_cache(cache: Path) -> Iterator[None]:
         # A file system without locks serves runs that do not start together all the same.
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        for path in cache.glob("*.npy"):
-            if not _is_whole_array(path):
-                path.unlink()
+        known = _drop_damaged(cache)
         yield
+        if {path.name for path in cache.glob("*.npy")} != known:
+            checksums.write(cache, {path.name: checksums.checksum(path) for path in cache.glob("*.npy")})
 
 
-def _is_whole_array(path: Path) -> bool:
-    """Return whether a ``.npy`` file has the size that its header tells of."""
-    with path.open("rb") as stream:
-        try:
-            npy_format.read_magic(stream)
-            shape, _, dtype = npy_format.read_array_header_1_0(stream)
-        except ValueError:
-            return False
-        return path.stat().st_size == stream.tell() + math.prod(shape) * dtype.itemsize
+def _drop_damaged(cache: Path) -> set[str]:
+    """Remove the indices that are not what was written, or unfinished; return the names of those left.
+
+    One flipped bit in a shuffled order would train on other samples, and nobody would know.
+    """
+    try:
+        sums = checksums.read(cache) or {}
+    except ValueError:
+        sums = {}
+    for path in cache.glob("*.npy"):
+        if path.name not in sums or checksums.fault(cache, path.name, sums[path.name]):
+            path.unlink()
+    return {path.name for path in cache.glob("*.npy")}
 
 
 def _cache_error(cache: Path, error: OSError) -> UsageError:

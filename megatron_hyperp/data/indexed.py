@@ -115,8 +115,9 @@ def _open_builder(files: tuple[Path, Path], vocab_size: int) -> Iterator[Any]:
     try:
         yield builder
         builder.finalize(str(idx_temporary))
-        # An old index must never stand beside new data.
+        # An old index, or old checksums, must never stand beside new data.
         idx_path.unlink(missing_ok=True)
+        checksums_file(bin_path).unlink(missing_ok=True)
         os.replace(bin_temporary, bin_path)
         os.replace(idx_temporary, idx_path)
     finally:
@@ -190,6 +191,11 @@ def prefix_files(prefix: str | os.PathLike[str]) -> tuple[Path, Path]:
     if not name or name.endswith(os.sep):
         raise UsageError(f"data prefix {name!r} names no file; give the path of the .bin without its suffix")
     return Path(f"{name}.bin"), Path(f"{name}.idx")
+
+
+def checksums_file(bin_path: Path) -> Path:
+    """Return where the checksums of a corpus are."""
+    return bin_path.with_name(f"{bin_path.name.removesuffix('.bin')}.checksums.json")
 
 
 def check_prefix(prefix: str | os.PathLike[str]) -> PrefixInfo:

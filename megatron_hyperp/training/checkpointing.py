@@ -52,6 +52,8 @@ def checkpoint_folder(root: str | Path, iteration: int) -> Path:
 def find_checkpoint(root: str | Path) -> Path | None:
     """Return the newest complete checkpoint under ``root`` (or ``root`` itself if it is one), or None if there is none.
 
+    The newest is what the tracker file names; without that file, the last one.
+
     Raises:
         UsageError: the tracker file names a checkpoint that is not there.
     """
@@ -60,7 +62,8 @@ def find_checkpoint(root: str | Path) -> Path | None:
         return root
     tracker = root / TRACKER
     if not tracker.is_file():
-        return None
+        # Lost, or the first save was killed before it wrote it: what is complete must not be trained over.
+        return next(reversed(complete_checkpoints(root)), None)
     content = tracker.read_text(errors="replace").strip()
     folder = checkpoint_folder(root, int(content)) if re.fullmatch(r"[0-9]{1,12}", content) else None
     if folder is None or not _is_complete(folder):

@@ -19,7 +19,10 @@ FOLDER = "heartbeats"
 # Intervals without a sign after which a rank is taken for stopped.
 MOST_MISSED = 2.5
 # What gloo, torch's store and NCCL say when the other end is gone or silent.
-_LOST = re.compile(r"gloo/transport|Connection (closed|reset) by peer|Timed out waiting|Broken pipe|NCCL communicator")
+_LOST = re.compile(
+    r"gloo/transport|Connection (closed|reset) by peer|Timed out waiting|Broken pipe|NCCL communicator"
+    r"|clients joined|wait timeout|got 0 bytes|Connection refused|connectFullMesh"
+)
 
 
 class Heartbeats:
@@ -91,16 +94,27 @@ class Heartbeats:
         return f"rank {rank} has done {iteration} iterations ({phase})" if iteration < self._position()[0] else None
 
     def explain(self, error: BaseException) -> str | None:
-        """Say in one line what a failed collective means; None if the error is none."""
-        if not _LOST.search(str(error)):
-            return None
-        told = re.sub(r"^\[\S*:[0-9]+\] ", "", " ".join(str(error).split())).split(". ")[0][:120]
+        """Say in one line what a failed collective of the training means; None if the error is none."""
         # Only after a long wait do the signs tell who is behind: they are an interval old.
-        guess = self.behind() if "imed out" in told else None
-        return (
-            f"{_collective(error)} in iteration {self._position()[0] + 1} failed: another rank died, or hung for"
-            f" --distributed-timeout-minutes ({told}); {guess or 'the launcher names a rank that died'}"
-        )
+        guess = self.behind if "imed out" in str(error) else lambda: None
+        return explain(error, f"in iteration {self._position()[0] + 1}", guess)
+
+
+def explain(error: BaseException, when: str, guess: Callable[[], str | None] = lambda: None) -> str | None:
+    """Say in one line what a failed collective means; None if the error is none.
+
+    Args:
+        error: that ended this rank.
+        when: it came, in words.
+        guess: says which rank is behind, if that is known.
+    """
+    if not _LOST.search(str(error)):
+        return None
+    told = re.sub(r"^\[\S*:[0-9]+\] ", "", " ".join(str(error).split())).split(". ")[0][:120]
+    return (
+        f"{_collective(error)} {when} failed: another rank died, or hung for --distributed-timeout-minutes ({told});"
+        f" {guess() or 'the launcher names a rank that died'}"
+    )
 
 
 def clear(run_dir: str | Path) -> None:

@@ -18,6 +18,7 @@ from megatron_hyperp.data import batches as micro
 from megatron_hyperp.data.datasets import build_datasets
 from megatron_hyperp.errors import EXIT_STOPPED, LostRankError, UsageError
 from megatron_hyperp.training import checkpointing, heartbeats
+from megatron_hyperp.training.agreement import agree
 from megatron_hyperp.training.alarms import ACTIONS, Alarms
 from megatron_hyperp.training.checkpointing import Progress
 from megatron_hyperp.training.compatibility import changed_settings, is_of_run
@@ -26,7 +27,7 @@ from megatron_hyperp.training.forward import Batches, forward_step
 from megatron_hyperp.training.logging import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, Console, MetricsWriter
 from megatron_hyperp.training.meter import Meter
 from megatron_hyperp.training.phases import Phases
-from megatron_hyperp.training.preflight import agree, check, verify
+from megatron_hyperp.training.preflight import check, verify
 from megatron_hyperp.training.profiling import FOLDER, Profiler
 from megatron_hyperp.training.resiliency import launcher_reports
 from megatron_hyperp.training.saving import Saved, Saver
@@ -52,7 +53,19 @@ def pretrain(config: Config, *, world_size: int) -> int:
     """
     config, tokenizer, resume_from = check(config, world_size)
     device.adapt_megatron()
-    device.init_process_group(config.parallel.distributed_timeout_minutes)
+    try:
+        device.init_process_group(config.parallel.distributed_timeout_minutes)
+        return _pretrain(config, tokenizer, resume_from)
+    except Exception as error:
+        if not isinstance(error, UsageError | LostRankError) and (
+            message := heartbeats.explain(error, "before the first iteration, or after the last one,")
+        ):
+            raise LostRankError(message) from error
+        raise
+
+
+def _pretrain(config: Config, tokenizer: Any, resume_from: Path | None) -> int:
+    """Train with the other ranks; see :func:`pretrain`."""
     if dist.get_rank() == 0:
         heartbeats.clear(config.logging.run_dir)
     agree(config, resume_from)

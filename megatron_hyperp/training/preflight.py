@@ -1,4 +1,4 @@
-"""What is looked at before training: everything on disk before any process group exists, then that all ranks agree."""
+"""What is looked at before training: everything on disk, most of it before any process group exists."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron_hyperp import checksums, device, libraries
 from megatron_hyperp.config import Config
+from megatron_hyperp.data.content import check_content
 from megatron_hyperp.data.datasets import parse_blend
 from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
 from megatron_hyperp.data.tokenizer import load_tokenizer
@@ -19,6 +20,9 @@ from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.orthogonalize import check_backend
 from megatron_hyperp.training import alarms, checkpointing, profiling
 from megatron_hyperp.training.compatibility import check_compatible
+
+# Bytes of a corpus' file that every start reads in full; of a larger one tools/check_data.py does.
+CORPUS_READ_IN_FULL = 256_000_000
 
 
 def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
@@ -57,7 +61,8 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
         raise UsageError(f"--ns-backend {options.ns_backend}: {error}") from error
     for _, prefix in parse_blend(config.data.data_path):
         check_prefix(prefix)
-        check_vocabulary(prefix, config.model.vocab_size)
+        check_content(prefix, most_bytes=CORPUS_READ_IN_FULL)
+        check_vocabulary(prefix, config.model.vocab_size, full_scan_bytes=CORPUS_READ_IN_FULL)
     checkpointing.check_writable(config.logging.run_dir, "--run-dir")
     if config.logging.tensorboard_dir:
         checkpointing.check_writable(config.logging.tensorboard_dir, "--tensorboard-dir")
@@ -212,31 +217,3 @@ def _fault_of_shares(folder: Path) -> str | None:
 def _say(line: str) -> None:
     if os.environ.get("RANK", "0") == "0":
         print(line, file=sys.stderr, flush=True)
-
-
-def agree(config: Config, resume_from: Path | None) -> None:
-    """See that every rank found the same checkpoint and chose the same layers; a collective call.
-
-    Ranks that found none would wait for those that did; layers that each node chooses by what is installed there differ
-    in the order of their gradients, which would meet others' in one reduction.
-
-    Raises:
-        UsageError: some ranks see another checkpoint or none (the folder is not shared), or choose other layers.
-    """
-    found: list[tuple[str, str]] = [("", "")] * dist.get_world_size()
-    dist.all_gather_object(found, (resume_from.name if resume_from else "none", libraries.describe(config)))
-    other = next((rank for rank, mine in enumerate(found) if mine != found[0]), None)
-    if other is None:
-        return
-    (checkpoint, layers), (other_checkpoint, other_layers) = found[0], found[other]
-    if checkpoint != other_checkpoint:
-        raise UsageError(
-            f"rank 0 finds the checkpoint {checkpoint} and rank {other} {other_checkpoint}; --load and --save must name"
-            " a folder that all nodes share",
-            same_on_all_ranks=True,
-        )
-    raise UsageError(
-        f"rank 0 has {layers}, and rank {other} {other_layers}; install the same on all nodes, or give"
-        " --transformer-impl local and --no-gradient-accumulation-fusion",
-        same_on_all_ranks=True,
-    )

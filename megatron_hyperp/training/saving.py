@@ -11,7 +11,6 @@ import functools
 import multiprocessing
 import os
 import shutil
-import signal
 import time
 from collections.abc import Callable, Sequence
 from multiprocessing.managers import SyncManager
@@ -23,8 +22,9 @@ import torch.distributed as dist
 
 from megatron_hyperp import __version__, checksums
 from megatron_hyperp.config import Config
+from megatron_hyperp.errors import UsageError
 from megatron_hyperp.files import write_atomically
-from megatron_hyperp.processes import die_with_parent
+from megatron_hyperp.processes import serve_parent_alone
 from megatron_hyperp.training.checkpointing import (
     RADII,
     TRACKER,
@@ -101,14 +101,19 @@ class Saver:
         Args:
             progress: where the run stands.
             run_id: of the Weights & Biases run, so that a resumed run continues it.
+
+        Raises:
+            UsageError: a weight or a state of the optimizer is not finite, or the checkpoint cannot be written.
         """
         from megatron.core import dist_checkpointing
 
         self.finish()
+        state = self._state(progress, run_id)
+        _check_finite(state, progress.iteration)
         saved = Saved(checkpoint_folder(self._root, progress.iteration), progress.iteration, -time.monotonic(), 0.0)
         partial = _prepare(saved.folder, self._config)
         _start_manager()
-        request = dist_checkpointing.save(self._state(progress, run_id), str(partial), async_sharded_save=True)
+        request = dist_checkpointing.save(state, str(partial), async_sharded_save=True)
         assert request is not None
         request.add_finalize_fn(functools.partial(self._complete, partial, saved))
         if self._config.checkpoint.async_save:
@@ -155,6 +160,28 @@ class Saver:
         self._said(saved)
 
 
+def _check_finite(state: dict[str, Any], iteration: int) -> None:
+    """See that what would be saved is finite on all ranks: such a checkpoint would in time replace the sound ones.
+
+    Raises:
+        UsageError: it is not.
+    """
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+
+    held = ((getattr(entry, "key", ""), getattr(entry, "data", None)) for entry in nested_values(state))
+    tensors = {key: data for key, data in held if isinstance(data, torch.Tensor) and data.is_floating_point()}
+    mine = next((key for key, data in tensors.items() if not bool(torch.isfinite(data).all())), None)
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    rank = next((rank for rank, name in enumerate(found) if name), None)
+    if rank is not None:
+        raise UsageError(
+            f"{found[rank]} of rank {rank} is not finite after iteration {iteration}, so nothing is saved; go on from"
+            " the last checkpoint, with a lower --lr or other data if it comes again",
+            same_on_all_ranks=True,
+        )
+
+
 def _prepare(folder: Path, config: Config) -> Path:
     """Make the folder that is written into, with the run's config; return it."""
     partial = folder.with_name(f"partial_{folder.name}")
@@ -198,11 +225,5 @@ def _start_manager() -> None:
     from megatron.core.dist_checkpointing.strategies import filesystem_async
 
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    manager.start(_serve_quietly, (os.getpid(),))
+    manager.start(serve_parent_alone, (os.getpid(), SIGNALS))
     filesystem_async._results_queue = manager.Queue()
-
-
-def _serve_quietly(parent: int) -> None:
-    die_with_parent(parent)
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

@@ -197,7 +197,7 @@ def disagree() -> str:
     from megatron_hyperp import device, libraries
     from megatron_hyperp.config import Config
     from megatron_hyperp.errors import UsageError
-    from megatron_hyperp.training.preflight import agree
+    from megatron_hyperp.training.agreement import agree
 
     device.init_process_group(1)
     agree(Config(), None)
@@ -210,4 +210,4 @@ def disagree() -> str:
 
 def test_ranks_with_other_layers_do_not_train_together() -> None:
     for said in run_distributed(disagree, 2):
-        assert said.startswith("rank 0 has layers: kind 0, and rank 1 layers: kind 1; install the same on all nodes")
+        assert said.startswith("rank 0 has layers kind 0, and rank 1 kind 1; install the same on all nodes")

@@ -357,7 +357,7 @@ def test_a_folder_that_not_all_ranks_share_is_one_line(workspace: Path, stopped:
     _, message = ranks[0].communicate(timeout=100)
     ranks[1].communicate(timeout=100)
     assert [process.returncode for process in ranks] == [2, 2]
-    assert re.search(r"^error: rank 0 finds the checkpoint iter_00000[12]0 and rank 1 none; ", message, re.MULTILINE)
+    assert re.search(r"^error: rank 0 has checkpoint iter_00000[12]0, and rank 1 none; ", message, re.MULTILINE)
 
 
 def test_changed_settings_are_told(straight: Path, workspace: Path) -> None:

@@ -1,0 +1,223 @@
+"""Jobs whose ranks come to harm: the real entry point on several ranks, faults planted in one of them.
+
+The ranks are forked from a process that has imported everything, since a start from nothing takes ten seconds, and the
+suite has hundreds. They do what torchrun's workers do, with its environment; the suite's own kills of real torchrun
+workers are in ``test_kill.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from megatron_hyperp import checksums
+from megatron_hyperp.training.checkpointing import candidates, complete_checkpoints, iteration_of
+from megatron_hyperp.training.logging import METRICS_FILE, read_events, read_metrics
+from tests.functional.launch import ROOT, assert_same_run
+from tests.run_distributed import free_port
+
+# Runs in a rank before the entry point does.
+Plant = Callable[[], Any]
+# Seconds that a collective waits; and that all ranks may take to end once the first one has failed.
+TIMEOUT = 20.0
+SECONDS_TO_END = TIMEOUT + 40.0
+SECONDS_TO_FINISH = 300.0
+# A rank that was lost, or told of an error; a rank killed by the fault itself.
+ENDS_WELL = {0, 2, 75, 76}
+
+
+@dataclass
+class Ending:
+    """How the ranks of a job ended.
+
+    Attributes:
+        codes: exit codes by rank; negative: the signal.
+        errors: what each wrote to its standard error.
+        hung: ranks that had to be killed.
+    """
+
+    codes: list[int]
+    errors: list[str]
+    hung: list[int] = field(default_factory=list)
+
+    def lines(self) -> list[str]:
+        """Return the error lines of all ranks."""
+        return [line for text in self.errors for line in text.splitlines() if "error: " in line]
+
+
+def context() -> Any:
+    """Return the context whose processes are forked from one that has imported the training."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    os.environ["OMP_NUM_THREADS"] = "1"
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["tests.faults.preload"])
+    return found
+
+
+def _rank(rank: int, ranks: int, port: int, words: Sequence[str], log: Path, plant: Plant | None) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(ranks),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        WANDB_MODE="offline",
+    )
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        descriptor = os.open(log.with_suffix(suffix), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+        os.dup2(descriptor, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.chdir(log.parent)
+    import torch
+
+    from examples.pretrain_gpt import main
+    from megatron_hyperp.errors import run_command
+
+    torch.set_num_threads(1)
+    if plant is not None:
+        plant()
+    run_command(main, list(words))
+
+
+@dataclass
+class Job:
+    """A training that is started again after each fault.
+
+    Attributes:
+        place: the ranks' working folder, with the run folder ``run`` in it.
+        config: its config file.
+        flags: of the command line.
+        ranks: of the job.
+    """
+
+    place: Path
+    config: Path
+    flags: tuple[Any, ...] = ()
+    ranks: int = 2
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.place / "run"
+
+    def words(self) -> list[str]:
+        """Return the command line."""
+        # Relative, so that a copy of a run goes on as that run.
+        places = ["--run-dir", "run", "--save", "run/checkpoints", "--load", "run/checkpoints"]
+        return [str(word) for word in ("--config", self.config, *places, *self.flags)]
+
+    def start(self, plants: dict[int, Plant] | None = None, words: dict[int, Sequence[str]] | None = None) -> Started:
+        """Start all ranks; some with a fault planted, or with a command line of their own."""
+        port = free_port()
+        self.place.mkdir(exist_ok=True)
+        logs = [self.place / f"rank{rank}" for rank in range(self.ranks)]
+        processes = [
+            context().Process(
+                target=_rank,
+                args=(
+                    rank,
+                    self.ranks,
+                    port,
+                    (words or {}).get(rank, self.words()),
+                    logs[rank],
+                    (plants or {}).get(rank),
+                ),
+            )
+            for rank in range(self.ranks)
+        ]
+        for process in processes:
+            process.start()
+        return Started(processes, logs)
+
+    def run(self, plants: dict[int, Plant] | None = None, words: dict[int, Sequence[str]] | None = None) -> Ending:
+        """Start all ranks and wait for their ends."""
+        return self.start(plants, words).wait()
+
+    def rows(self) -> int:
+        """Iterations whose metrics are written."""
+        return len(read_metrics(self.folder)) if (self.folder / METRICS_FILE).exists() else 0
+
+    def lost_checkpoints(self, keep: int = 2) -> int:
+        """Bytes of the newest completed checkpoints, those that a run keeps, that are not there or not sound."""
+        saved = [event["iteration"] for event in read_events(self.folder) if event["kind"] == "saved"]
+        root = self.folder / "checkpoints"
+        sound = {iteration_of(path): path for path in complete_checkpoints(root) if not checksums.faults(path)}
+        size = max((_bytes(path) for path in root.glob("iter_*")), default=1)
+        return sum(size for iteration in sorted(set(saved))[-keep:] if iteration not in sound)
+
+    def resumes(self, straight: Path) -> int:
+        """Start again, and see that the run ends as the undisturbed one does, bit for bit; return the work lost.
+
+        Returns:
+            Iterations that had to be done again.
+        """
+        before, had = self.rows(), [event for event in read_events(self.folder) if event["kind"] == "resumed"]
+        ending = self.run()
+        assert ending.codes == [0] * self.ranks, "\n".join(ending.errors)
+        assert_same_run(self.folder, straight)
+        resumed = [event for event in read_events(self.folder) if event["kind"] == "resumed"][len(had) :]
+        return before - (resumed[0]["iteration"] if resumed else 0)
+
+    def newest(self) -> Path:
+        """Return the newest checkpoint."""
+        return candidates(self.folder / "checkpoints")[0]
+
+
+@dataclass
+class Started:
+    """A job under way.
+
+    Attributes:
+        processes: of the ranks.
+        logs: files of their output, without suffix.
+    """
+
+    processes: list[BaseProcess]
+    logs: list[Path]
+
+    def wait(self) -> Ending:
+        """Wait until all ranks have ended; once one has failed the others have ``SECONDS_TO_END``."""
+        deadline, failed = time.monotonic() + SECONDS_TO_FINISH, False
+        while any(process.is_alive() for process in self.processes):
+            if not failed and any(process.exitcode for process in self.processes):
+                deadline, failed = time.monotonic() + SECONDS_TO_END, True
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.02)
+        hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for rank in hung:
+            with suppress(ProcessLookupError):
+                os.kill(self.processes[rank].pid or 0, signal.SIGKILL)
+        for process in self.processes:
+            process.join()
+        codes = [process.exitcode if process.exitcode is not None else 1 for process in self.processes]
+        return Ending(codes, [log.with_suffix(".err").read_text(errors="replace") for log in self.logs], hung)
+
+
+def _bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def assert_told(ending: Ending, *struck: int) -> None:
+    """See that no rank hung, and that each but those that were struck said in one line why it ended.
+
+    Args:
+        ending: of the job.
+        struck: ranks that the fault itself ended.
+    """
+    assert not ending.hung, f"ranks {ending.hung} hung: {json.dumps(ending.errors)[-2000:]}"
+    for rank, (code, text) in enumerate(zip(ending.codes, ending.errors, strict=True)):
+        if rank not in struck:
+            assert code in ENDS_WELL, f"rank {rank} left with {code}: {text[-3000:]}"
+            assert "Traceback" not in text, text[-3000:]
+    assert ending.lines() or not any(ending.codes) or len(struck) == len(ending.codes), ending.errors

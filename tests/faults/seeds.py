@@ -1,0 +1,17 @@
+"""How often a fault is tried."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+
+def seeds(short: int, long: int) -> list[Any]:
+    """Return so many seeds; those after the first few are slow.
+
+    Args:
+        short: of the tests that CI runs.
+        long: of ``make test-faults``.
+    """
+    return [pytest.param(seed, marks=[pytest.mark.slow] if seed >= short else []) for seed in range(long)]
