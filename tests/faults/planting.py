@@ -128,10 +128,9 @@ class Planted:
     """A number in a tensor at one step.
 
     Attributes:
-        where: "gradient", "weight" or "batch".
+        where: "gradient", "weight", "master" (the owner's fp32 weight) or "batch" (its mask).
         value: that is planted.
-        step: at which, from 1.
-        weights_until: keep planting in that place for so many steps.
+        step: of this process at which, from 1.
     """
 
     where: str
@@ -151,7 +150,7 @@ class Planted:
             if due and self.where == "weight":
                 next(iter(trainer.chunks[0].parameters())).data.view(-1)[3] = self.value
             if due and self.where == "master":
-                _first_master(trainer)[0].view(-1)[3] = self.value
+                _master(trainer).view(-1)[3] = self.value
             if due and self.where == "batch":
                 batches = [map(self._spoil, iterator) for iterator in batches]
             result = original(trainer, batches)
@@ -171,8 +170,8 @@ def _gradient(trainer: Any) -> Any:
     return next(p.main_grad for p in trainer.chunks[0].parameters() if getattr(p, "main_grad", None) is not None)
 
 
-def _first_master(trainer: Any) -> Any:
-    raise NotImplementedError
+def _master(trainer: Any) -> Any:
+    return next(family.master for family in trainer.optimizer.families if family.master.numel())
 
 
 @dataclass(frozen=True)

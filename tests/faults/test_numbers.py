@@ -1,0 +1,54 @@
+"""Numbers that are none: in a gradient, a weight, a master weight, a batch."""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_hyperp.training.logging import read_metrics
+from tests.faults.conftest import LAYOUTS, Undisturbed
+from tests.faults.job import Job, assert_told
+from tests.faults.ledger import Fault
+from tests.faults.planting import Planted
+from tests.faults.seeds import seeds
+
+Runs = Callable[[str], Undisturbed]
+Record = Callable[[Fault], None]
+
+
+@pytest.mark.parametrize("seed", seeds(1, 6))
+@pytest.mark.parametrize("where", ["gradient", "batch"])
+def test_one_bad_step(where: str, seed: int, undisturbed: Runs, tmp_path: Path, record: Record) -> None:
+    """All ranks leave the step out, say so, and train on with the next batch."""
+    picked, run = random.Random(f"{where} {seed}"), undisturbed(list(LAYOUTS)[seed % len(LAYOUTS)])
+    job = Job(tmp_path / "job", run.config, run.flags)
+    value, rank = picked.choice([math.nan, math.inf, -math.inf]), picked.randrange(2)
+    ending = job.run({rank: Planted(where, value, picked.randrange(2, 20))})
+    assert ending.codes == [0, 0], ending.errors
+    rows = read_metrics(job.folder)
+    assert rows[-1]["skipped"] == 1
+    assert math.isfinite(rows[-1]["loss"])
+    assert job.lost_checkpoints() == 0
+    record(Fault(f"NaN or Inf in a {where}", "passed over"))
+
+
+@pytest.mark.parametrize("seed", seeds(1, 8))
+@pytest.mark.parametrize("where", ["weight", "master"])
+def test_bad_weights_are_never_saved(where: str, seed: int, undisturbed: Runs, tmp_path: Path, record: Record) -> None:
+    """The run stops, and goes on from what was saved before."""
+    picked, run = random.Random(f"{where} {seed}"), undisturbed(list(LAYOUTS)[seed % len(LAYOUTS)])
+    job = Job(shutil.copytree(run.half, tmp_path / "job"), run.config, run.flags)
+    value, rank = picked.choice([math.nan, math.inf]), picked.randrange(2)
+    ending = job.run({rank: Planted(where, value, picked.randrange(1, 8))})
+    assert_told(ending)
+    assert 0 not in ending.codes
+    assert "finite" in ending.lines()[0]
+    lost = job.lost_checkpoints()
+    assert lost == 0
+    steps = job.resumes(run.straight)
+    record(Fault(f"NaN or Inf in a {where}", "bit for bit", steps, lost))
