@@ -28,6 +28,7 @@ from megatron_hyperp.training.meter import Meter
 from megatron_hyperp.training.phases import Phases
 from megatron_hyperp.training.preflight import agree, check, verify
 from megatron_hyperp.training.profiling import FOLDER, Profiler
+from megatron_hyperp.training.replicas import Replicas
 from megatron_hyperp.training.resiliency import launcher_reports
 from megatron_hyperp.training.saving import Saved, Saver
 from megatron_hyperp.training.setup import build, initialize_megatron
@@ -151,6 +152,8 @@ class Trainer:
             checkpointing.write_run_config(config)
         if resume_from is not None:
             self.writer.event(self.progress.iteration, "resumed", f"from {resume_from}")
+        interval = config.training.check_weight_hash_across_dp_replicas_interval
+        self.replicas = Replicas(interval, self.optimizer, self.balance, self.scales, event=self.writer.event)
         self.saver = self._build_saver()
         self.alarms = Alarms(config.logging.alarm)
         self.profiler = Profiler(config, self.rank)
@@ -210,6 +213,7 @@ class Trainer:
             self.console.print(f"nothing to do: iteration {self.progress.iteration} of {training.train_iters} is done")
             return self.progress
         batches = self._batches(self.train_set, self.progress.consumed_samples)
+        self.replicas.check(self.progress.iteration, f"at the start, at iteration {self.progress.iteration}")
         if self.progress.iteration == 0:
             self.evaluate()
         self.console.start_bar(self.progress.iteration)
@@ -220,6 +224,7 @@ class Trainer:
             with self.stability.watch() if watched else nullcontext():
                 with self.phases.phase("forward-backward"):
                     losses = self._train_batch(batches)
+                self.replicas.check_step(self.progress.iteration + 1)
                 with self.phases.phase("optimizer"):
                     taken, grad_norm, _ = self.optimizer.step()
             self._watch_skips(taken)
@@ -394,6 +399,7 @@ class Trainer:
 
     def _save(self) -> None:
         assert self.saver is not None
+        self.replicas.check(self.progress.iteration, f"before the save of iteration {self.progress.iteration}")
         self.saver.save(self.progress, run_id=self.writer.run_id)
 
     def _saved(self, saved: Saved) -> None:
