@@ -17,7 +17,7 @@ from megatron_hyperp.config import Config, micro_batches
 from megatron_hyperp.data import batches as micro
 from megatron_hyperp.data.datasets import build_datasets
 from megatron_hyperp.errors import EXIT_STOPPED, LostRankError, UsageError
-from megatron_hyperp.training import checkpointing, heartbeats
+from megatron_hyperp.training import checkpointing, heartbeats, run_lock
 from megatron_hyperp.training.alarms import ACTIONS, Alarms
 from megatron_hyperp.training.checkpointing import Progress
 from megatron_hyperp.training.compatibility import changed_settings, is_of_run
@@ -54,6 +54,12 @@ def pretrain(config: Config, *, world_size: int) -> int:
     config, tokenizer, resume_from = check(config, world_size)
     device.adapt_megatron()
     device.init_process_group(config.parallel.distributed_timeout_minutes)
+    with run_lock.held(config):
+        return _pretrain(config, tokenizer, resume_from)
+
+
+def _pretrain(config: Config, tokenizer: Any, resume_from: Path | None) -> int:
+    """Train into folders that this job alone writes; see :func:`pretrain`."""
     if dist.get_rank() == 0:
         heartbeats.clear(config.logging.run_dir)
     agree(config, resume_from)

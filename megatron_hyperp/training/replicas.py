@@ -2,8 +2,8 @@
 
 A step's weights are compared after the backward pass and before the update: owners send new weights in every update,
 which overwrite a copy that went bad, but not what its gradients did to the sums. So a look every K steps sees all that
-lasts (a bad cell, a broken gather), and one in K of the single flips in copies. What tensor-parallel ranks each keep for
-themselves (gains and routers, with their momenta) stays different for ever, and is seen the next time.
+lasts (a bad cell, a broken gather), and one in K of the single flips in copies. What tensor-parallel ranks keep each for
+itself (gains and routers, with their momenta) stays different for ever, and is seen the next time.
 """
 
 from __future__ import annotations
