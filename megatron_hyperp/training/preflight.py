@@ -17,7 +17,7 @@ from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.orthogonalize import check_backend
-from megatron_hyperp.training import alarms, checkpointing, profiling
+from megatron_hyperp.training import alarms, checkpointing, determinism, profiling
 from megatron_hyperp.training.compatibility import check_compatible
 
 
@@ -39,6 +39,8 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
         raise UsageError("no tokenizer; give the --tokenizer-model the data was made with", same_on_all_ranks=True)
     tokenizer = load_tokenizer(config.data.tokenizer_model)
     config = config.resolve(world_size=world_size, tokenizer_vocab_size=tokenizer.vocab_size)
+    if config.training.deterministic_mode:
+        determinism.begin()
     parallel = config.parallel
     if not device.has_cuda() and parallel.expert_model_parallel_size > 1 and parallel.expert_tensor_parallel_size > 1:
         raise UsageError(

@@ -273,8 +273,10 @@ def held(config: Config) -> Iterator[None]:
     Raises:
         UsageError: another job has one of them; on all ranks alike.
     """
-    folders = {"--run-dir": config.logging.run_dir, "--save": config.checkpoint.save}
-    distinct = {Path(folder).resolve(): (folder, flag) for flag, folder in reversed(folders.items()) if folder}
+    distinct: dict[Path, tuple[str, str]] = {}
+    for flag, folder in (("--run-dir", config.logging.run_dir), ("--save", config.checkpoint.save)):
+        if folder:
+            distinct.setdefault(Path(folder).resolve(), (folder, flag))
     refusal: list[str | None] = [None]
     with ExitStack() as locks:
         if dist.get_rank() == 0:

@@ -20,6 +20,10 @@ TIED = {"untie_embeddings_and_output_weights": False}
 EP2 = {**EXPERTS, "expert_model_parallel_size": 2}
 # In place of a rank: all that hold the tensor.
 ANY = -1
+# A rank that owns what flips says so itself.
+MASTER = (
+    r"^rank {} on \S+ uses weights that its fp32 master of {} does not have, found in iteration 2; nothing of it was"
+)
 NORM = "decoder.layers.1.pre_mlp_layernorm.weight"
 QKV = "decoder.layers.0.self_attention.linear_qkv.weight"
 ROUTER = "decoder.layers.0.mlp.router.weight"
@@ -40,9 +44,9 @@ class Flip:
 
 
 def flip(tensor: torch.Tensor) -> None:
-    """Change the lowest bit of one element in the middle."""
+    """Change the highest bit of one mantissa in the middle."""
     flat = tensor.data.view(-1).view(torch.uint8)
-    flat[4 * (tensor.numel() // 2)] ^= 1
+    flat[4 * (tensor.numel() // 2) + 2] ^= 0x40
 
 
 def plant(trainer: Any, planted: Flip) -> None:
@@ -99,8 +103,7 @@ def outcomes(prefix: str, folder: str, world_size: int, flips: list[Flip]) -> li
             trainer.train()
             told.append(None)
         except UsageError as error:
-            assert error.same_on_all_ranks
-            told.append(str(error))
+            told.append(str(error) if error.same_on_all_ranks else f"on this rank alone: {error}")
         trainer.close_reports()
         parallel_state.destroy_model_parallel()
     return told
@@ -114,11 +117,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_one_bit_on_two_ranks(corpus: str, tmp_path: Path) -> None:
     cases = [
         (Flip({}, 1), rf"ranks 0 on \S+, 1 on \S+ hold different bits of {QKV}, found in iteration 2; nothing"),
-        (Flip(TP2, 1, NORM), rf"hold different bits of {NORM}, found in iteration 2"),
-        (Flip(TP2SP, 0, GAIN), rf"different bits of {GAIN}, found"),
-        (Flip({**TP2SP, **EXPERTS}, 1, ROUTER), rf"different bits of {ROUTER}, found"),
+        (Flip(TP2, 1, NORM), MASTER.format(1, NORM)),
+        (Flip(TP2SP, 0, GAIN), MASTER.format(0, GAIN)),
+        (Flip({**TP2SP, **EXPERTS}, 1, ROUTER), MASTER.format(1, ROUTER)),
         # The momentum of a replicated gain, after a step that is not compared: it stays different.
-        (Flip(TP2SP, 1, NORM, 1, "exp_avg"), rf"{re.escape(NORM)}.*found in iteration 2"),
+        (Flip(TP2SP, 1, NORM, 3, "exp_avg"), rf"hold different bits of {NORM}.*, found in iteration 4"),
         (Flip({}, ANY, QKV, 2, "master"), rf"^rank [01] on \S+ uses weights that its fp32 master of {QKV} does not"),
         (Flip({**PP2, **TIED}, 1, "output_layer.weight"), "uses weights that its fp32 master|the tied embedding"),
         (Flip(EXPERTS, 1, EXPERT), rf"{EXPERT}, found"),
@@ -135,12 +138,13 @@ def compare(cases: list[tuple[Flip, str | None]], ranks: list[list[str | None]])
         assert (line is None) if expected is None else re.search(expected, line or ""), (case, line)
 
 
+@pytest.mark.slow
 def test_the_majority_of_four_ranks_names_the_odd_one(corpus: str, tmp_path: Path) -> None:
     cases: list[tuple[Flip, str | None]] = [
-        (Flip({}, 2), rf"^rank 2 on \S+ holds other bits of {QKV} than ranks 0, 1, 3, found in iteration 2; nothing"),
-        (Flip(TP2SP, 3, NORM), rf"^rank 3 on \S+ holds other bits of {NORM} than ranks 0, 1, 2, found"),
+        (Flip({}, 1), rf"^rank 1 on \S+ holds other bits of {QKV} than ranks 0, 2, 3, found in iteration 2; nothing"),
+        (Flip(TP2SP, 1, NORM), rf"^rank 1 on \S+ holds other bits of {NORM} than ranks 0, 2, 3, found"),
         (
-            Flip({**EP2, "micro_batch_size": 4}, 1, EXPERT),
+            Flip({**EP2, "micro_batch_size": 4}, 3, EXPERT),
             rf"^ranks 1 on \S+, 3 on \S+ hold different bits of {EXPERT}, found",
         ),
         (Flip({**PP2, **TIED, **TP2SP}), None),

@@ -64,7 +64,9 @@ FAR = {"host": "n7", "boot": "another", "job": "4711", "beat": 0.2}
 def test_one_at_a_time(tmp_path: Path) -> None:
     with holder(tmp_path) as process:
         before = (tmp_path / FILE).read_bytes()
-        with pytest.raises(UsageError, match=rf"^--run-dir {tmp_path} is in use by process {process.pid} on \S+, since"):
+        with pytest.raises(
+            UsageError, match=rf"^--run-dir {tmp_path} is in use by process {process.pid} on \S+, since"
+        ):
             RunLock(tmp_path, "--run-dir")
         assert (tmp_path / FILE).read_bytes() == before
         assert [path.name for path in tmp_path.iterdir()] == [FILE]
