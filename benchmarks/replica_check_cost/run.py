@@ -85,7 +85,8 @@ def measure(name: str, repeats: int, folder: Path, prefix: str) -> str:
     (plain,), (check,) = medians["step"], medians["check"]
     return (
         f"{name:8s} {parameters / 1e6:5.1f}M parameters a rank, step {1e3 * plain:8.1f} ms, comparison"
-        f" {1e3 * check:7.2f} ms ({check / plain:.2%} of a step); every {INTERVAL} steps: {check / INTERVAL / plain:.4%}"
+        f" {1e3 * check:7.2f} ms ({check / plain:.2%} of a step); every {INTERVAL} steps:"
+        f" {check / INTERVAL / plain:.4%}"
     )
 
 

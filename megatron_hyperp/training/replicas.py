@@ -2,8 +2,8 @@
 
 A step's weights are compared after the backward pass and before the update: owners send new weights in every update,
 which overwrite a copy that went bad, but not what its gradients did to the sums. So a look every K steps sees all that
-lasts (a bad cell, a broken gather), and one in K of the single flips in copies. What tensor-parallel ranks keep each for
-itself (gains and routers, with their momenta) stays different for ever, and is seen the next time.
+lasts (a bad cell, a broken gather), and one in K of the single flips in copies. What tensor-parallel ranks each keep
+(gains and routers, with their momenta) stays different for ever, and is seen the next time.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def _signed(number: int) -> int:
 
 
 @functools.lru_cache(maxsize=2)
-def _factors(device: torch.device) -> torch.Tensor:
-    """[BLOCK] odd int64, one for each place."""
-    numbers = torch.arange(1, BLOCK + 1, dtype=torch.int64, device=device) * _signed(_GOLDEN)
+def _factors(device: torch.device, count: int) -> torch.Tensor:
+    """[count] odd int64, one for each place."""
+    numbers = torch.arange(1, count + 1, dtype=torch.int64, device=device) * _signed(_GOLDEN)
     numbers = (numbers ^ (numbers >> 30)) * _signed(_FIRST)
     numbers = (numbers ^ (numbers >> 27)) * _signed(_SECOND)
     return numbers | 1
@@ -55,8 +55,8 @@ def _factors(device: torch.device) -> torch.Tensor:
 def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     """Return a number, int64 on the tensor's device, that any change of up to 8 neighbouring bytes changes.
 
-    Words of 8 bytes, each times an odd number of its place, are summed modulo 2^64. Integers sum to the same number in
-    any order, so that no device and no kernel matters.
+    Words of 8 bytes are mixed, each by an odd number of its place, and summed modulo 2^64; every step of it but the sum
+    can be undone. Integers sum to the same number in any order, so that no device and no kernel matters.
 
     Args:
         tensor: any shape and dtype; no copy of a large contiguous one is made.
@@ -64,10 +64,14 @@ def fingerprint(tensor: torch.Tensor) -> torch.Tensor:
     content = tensor.detach().reshape(-1).view(torch.uint8)
     if content.numel() % 8 or content.storage_offset() % 8:
         content = torch.nn.functional.pad(content, (0, -content.numel() % 8)).clone()
-    factors = _factors(tensor.device)
+    factors = _factors(tensor.device, BLOCK)
     total = torch.zeros((), dtype=torch.int64, device=tensor.device)
     for words in content.view(torch.int64).split(BLOCK):
-        total = total * _signed(_FIRST) + (words * factors[: len(words)]).sum()
+        places = factors[: len(words)]
+        mixed = words * places
+        # A product carries upwards alone: without this two signs that flip would cancel.
+        mixed ^= (mixed >> 32).bitwise_and_(0xFFFFFFFF)
+        total = total * _signed(_FIRST) + mixed.mul_(places).sum()
     return total
 
 

@@ -28,6 +28,10 @@ def test_the_place_counts_and_the_memory_does_not() -> None:
     tensor = torch.randn(6, 4)
     assert fingerprint(tensor) != fingerprint(tensor.flip(0))
     assert fingerprint(tensor) == fingerprint(tensor.t().contiguous().t())
+    signs = tensor.clone()
+    signs[0, 1] *= -1
+    signs[4, 3] *= -1
+    assert fingerprint(tensor) != fingerprint(signs)
     # One that begins between two words of 8 bytes.
     assert fingerprint(torch.cat([torch.zeros(1), tensor.view(-1)])[1:]) == fingerprint(tensor)
     assert fingerprint(torch.tensor(1.0)) != fingerprint(torch.tensor(2.0))
