@@ -35,6 +35,8 @@ BEAT = 5.0
 MOST_MISSED = 6
 # Of two jobs that take over the same lock, where locks do not reach over nodes, the last one to write keeps it.
 SECONDS_TO_SETTLE = 1.0
+# A process that is dead already keeps its locks until the last of its threads has gone.
+SECONDS_TO_DIE = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ class RunLock:
 
     def __init__(self, folder: str | Path, flag: str) -> None:
         self._path, self._what = Path(folder) / FILE, f"{flag} {folder}"
+        self._patient_until = time.monotonic() + SECONDS_TO_DIE
         temporary = self._path.with_name(f"{FILE}.{socket.gethostname()}.{os.getpid()}.tmp")
         try:
             with ExitStack() as undo:
@@ -200,7 +203,11 @@ class RunLock:
                     return False
                 # A node that is silent is taken for dead, whatever its file server says.
                 if owner is None or owner.is_near:
-                    if free is False or (owner is not None and owner.lives):
+                    lives = owner is not None and owner.lives
+                    if free is False and not lives and time.monotonic() < self._patient_until:
+                        time.sleep(0.1)
+                        return False
+                    if free is False or lives:
                         raise self._refusal(owner)
                     _note(f"{self._what} was held by {_who(owner)}, which has ended; taken over")
                 os.replace(temporary, self._path)
