@@ -222,6 +222,14 @@ class TrainingConfig:
     eval_interval: int = knob(100, "iterations between evaluations; 0 switches them off")
     eval_iters: int = knob(10, "batches per evaluation, the same ones each time")
     seed: int = knob(1234, "seed of initialisation and data order", SEED)
+    deterministic_mode: bool = knob(
+        False, "kernels and collectives of which two runs give the same bits; what has none is refused"
+    )
+    check_weight_hash_across_dp_replicas_interval: int = knob(
+        0,
+        "iterations between comparisons of what ranks should hold alike, over data- and tensor-parallel ranks and tied"
+        " embeddings, before each save as well; a difference stops the run; 0: none",
+    )
     transformer_impl: Literal["local", "transformer_engine"] | None = knob(
         None, "layers of the model: Megatron-Core's local ones, or TransformerEngine's [the latter where they can run]"
     )

@@ -80,6 +80,10 @@ def _check_kernels(training: TrainingConfig) -> None:
             "--cross-entropy-loss-fusion rounds gradients to bf16 with --cross-entropy-fusion-impl native; give --bf16,"
             " or te, or leave it out"
         )
+    if training.cross_entropy_loss_fusion and training.deterministic_mode:
+        raise UsageError(
+            "--cross-entropy-loss-fusion is not deterministic, says Megatron-LM; leave it out, or --deterministic-mode"
+        )
     if training.gradient_accumulation_fusion and training.fp8_emulation:
         raise UsageError(
             "--gradient-accumulation-fusion adds to the weight of a product, which --fp8-emulation replaces by a"

@@ -73,6 +73,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        deterministic_mode=training.deterministic_mode,
         **device.megatron_settings(),
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_hyperp import arguments
+from megatron_hyperp import arguments, checksums
 from megatron_hyperp.config import Config
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.files import write_atomically
@@ -57,33 +57,55 @@ def find_checkpoint(root: str | Path) -> Path | None:
     Raises:
         UsageError: the tracker file names a checkpoint that is not there.
     """
-    root = Path(root)
+    folder = _newest(Path(root))
+    if folder is not None and not _is_complete(folder):
+        raise _names_nothing(folder.parent)
+    return folder
+
+
+def candidates(root: str | Path) -> list[Path]:
+    """Return the newest checkpoint under ``root``, complete or not, and the complete ones before it, newest first.
+
+    If ``root`` is a checkpoint itself, it is the only one. Raises: as :func:`find_checkpoint`, where there is not even a
+    folder of that name.
+    """
+    newest = _newest(Path(root))
+    if newest is None or newest == Path(root):
+        return [] if newest is None else [newest]
+    older = [path for path in complete_checkpoints(Path(root)) if iteration_of(path) < iteration_of(newest)]
+    return [newest, *reversed(older)]
+
+
+def fault(folder: Path) -> str | None:
+    """Say what is wrong with a checkpoint, as far as the sizes of its files and the content of small ones tell."""
+    return checksums.first_fault(folder) or (None if _is_complete(folder) else "files are missing")
+
+
+def _newest(root: Path) -> Path | None:
+    """Return ``root``, if it is a checkpoint, or the folder that its tracker names."""
     if _is_complete(root):
         return root
     tracker = root / TRACKER
     if not tracker.is_file():
         # Lost, or the first save was killed before it wrote it: what is complete must not be trained over.
         return next(reversed(complete_checkpoints(root)), None)
-    content = tracker.read_text(errors="replace").strip()
+    content = _content(tracker)
     folder = checkpoint_folder(root, int(content)) if re.fullmatch(r"[0-9]{1,12}", content) else None
-    if folder is None or not _is_complete(folder):
-        found = ", ".join(path.name for path in complete_checkpoints(root)) or "none"
-        raise UsageError(
-            f"{tracker} names iteration {content[:20]!r}, which is not a checkpoint in {root}; complete ones there:"
-            f" {found}; name one with --load {root}/iter_..."
-        )
+    if folder is None or not folder.is_dir():
+        raise _names_nothing(root)
     return folder
 
 
-def candidates(root: str | Path) -> list[Path]:
-    """Return the newest complete checkpoint under ``root``, and the ones before it, newest first.
+def _content(tracker: Path) -> str:
+    return tracker.read_text(errors="replace").strip()
 
-    If ``root`` is a checkpoint itself, it is the only one. Raises: as :func:`find_checkpoint`.
-    """
-    newest = find_checkpoint(root)
-    if newest is None or newest == Path(root):
-        return [] if newest is None else [newest]
-    return [path for path in reversed(complete_checkpoints(Path(root))) if iteration_of(path) <= iteration_of(newest)]
+
+def _names_nothing(root: Path) -> UsageError:
+    found = ", ".join(path.name for path in complete_checkpoints(root)) or "none"
+    return UsageError(
+        f"{root / TRACKER} names iteration {_content(root / TRACKER)[:20]!r}, which is not a checkpoint in {root};"
+        f" complete ones there: {found}; name one with --load {root}/iter_..."
+    )
 
 
 def common_state(folder: Path) -> dict[str, Any]:
@@ -110,7 +132,7 @@ def check_save_folder(root: str | Path, resume_from: Path | None) -> None:
     Raises:
         UsageError: ``root`` holds checkpoints and its newest is not the one that the run resumes from.
     """
-    newest = find_checkpoint(root)
+    newest = next(iter(candidates(root)), None)
     if newest is None or (resume_from is not None and newest.resolve() == resume_from.resolve()):
         return
     raise UsageError(

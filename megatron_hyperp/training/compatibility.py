@@ -48,6 +48,7 @@ COURSE = {
         *("recompute_granularity", "recompute_method", "recompute_num_layers"),
         *("attention_backend", "gradient_accumulation_fusion"),
         *("cross_entropy_loss_fusion", "cross_entropy_fusion_impl"),
+        *("deterministic_mode", "check_weight_hash_across_dp_replicas_interval"),
     },
 }
 

@@ -17,7 +17,7 @@ from megatron_hyperp.config import Config, micro_batches
 from megatron_hyperp.data import batches as micro
 from megatron_hyperp.data.datasets import build_datasets
 from megatron_hyperp.errors import EXIT_STOPPED, LostRankError, UsageError
-from megatron_hyperp.training import checkpointing, heartbeats
+from megatron_hyperp.training import checkpointing, heartbeats, run_lock
 from megatron_hyperp.training.agreement import agree
 from megatron_hyperp.training.alarms import ACTIONS, Alarms
 from megatron_hyperp.training.checkpointing import Progress
@@ -29,6 +29,7 @@ from megatron_hyperp.training.meter import Meter
 from megatron_hyperp.training.phases import Phases
 from megatron_hyperp.training.preflight import check, verify
 from megatron_hyperp.training.profiling import FOLDER, Profiler
+from megatron_hyperp.training.replicas import Replicas
 from megatron_hyperp.training.resiliency import launcher_reports
 from megatron_hyperp.training.saving import Saved, Saver
 from megatron_hyperp.training.setup import build, initialize_megatron
@@ -55,7 +56,8 @@ def pretrain(config: Config, *, world_size: int) -> int:
     device.adapt_megatron()
     try:
         device.init_process_group(config.parallel.distributed_timeout_minutes)
-        return _pretrain(config, tokenizer, resume_from)
+        with run_lock.held(config):
+            return _pretrain(config, tokenizer, resume_from)
     except Exception as error:
         if not isinstance(error, UsageError | LostRankError) and (
             message := heartbeats.explain(error, "before the first iteration, or after the last one,")
@@ -65,7 +67,7 @@ def pretrain(config: Config, *, world_size: int) -> int:
 
 
 def _pretrain(config: Config, tokenizer: Any, resume_from: Path | None) -> int:
-    """Train with the other ranks; see :func:`pretrain`."""
+    """Train into folders that this job alone writes; see :func:`pretrain`."""
     if dist.get_rank() == 0:
         heartbeats.clear(config.logging.run_dir)
     agree(config, resume_from)
@@ -164,6 +166,8 @@ class Trainer:
             checkpointing.write_run_config(config)
         if resume_from is not None:
             self.writer.event(self.progress.iteration, "resumed", f"from {resume_from}")
+        interval = config.training.check_weight_hash_across_dp_replicas_interval
+        self.replicas = Replicas(interval, self.optimizer, self.balance, self.scales, event=self.writer.event)
         self.saver = self._build_saver()
         self.alarms = Alarms(config.logging.alarm)
         self.profiler = Profiler(config, self.rank)
@@ -223,6 +227,7 @@ class Trainer:
             self.console.print(f"nothing to do: iteration {self.progress.iteration} of {training.train_iters} is done")
             return self.progress
         batches = self._batches(self.train_set, self.progress.consumed_samples)
+        self.replicas.check(self.progress.iteration, f"at the start, at iteration {self.progress.iteration}")
         if self.progress.iteration == 0:
             self.evaluate()
         self.console.start_bar(self.progress.iteration)
@@ -233,6 +238,7 @@ class Trainer:
             with self.stability.watch() if watched else nullcontext():
                 with self.phases.phase("forward-backward"):
                     losses = self._train_batch(batches)
+                self.replicas.check_step(self.progress.iteration + 1)
                 with self.phases.phase("optimizer"):
                     taken, grad_norm, _ = self.optimizer.step()
             self._watch_skips(taken)
@@ -407,6 +413,7 @@ class Trainer:
 
     def _save(self) -> None:
         assert self.saver is not None
+        self.replicas.check(self.progress.iteration, f"before the save of iteration {self.progress.iteration}")
         self.saver.save(self.progress, run_id=self.writer.run_id)
 
     def _saved(self, saved: Saved) -> None:

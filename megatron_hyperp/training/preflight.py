@@ -18,7 +18,7 @@ from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.orthogonalize import check_backend
-from megatron_hyperp.training import alarms, checkpointing, profiling
+from megatron_hyperp.training import alarms, checkpointing, determinism, profiling
 from megatron_hyperp.training.compatibility import check_compatible
 
 # Bytes of a corpus' file that every start reads in full; of a larger one tools/check_data.py does.
@@ -43,6 +43,8 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
         raise UsageError("no tokenizer; give the --tokenizer-model the data was made with", same_on_all_ranks=True)
     tokenizer = load_tokenizer(config.data.tokenizer_model)
     config = config.resolve(world_size=world_size, tokenizer_vocab_size=tokenizer.vocab_size)
+    if config.training.deterministic_mode:
+        determinism.begin()
     parallel = config.parallel
     if not device.has_cuda() and parallel.expert_model_parallel_size > 1 and parallel.expert_tensor_parallel_size > 1:
         raise UsageError(
@@ -143,7 +145,7 @@ def _checkpoint_to_load(config: Config) -> Path | None:
             raise UsageError(f"--load {load} holds no checkpoint; give a folder that does, or leave it out")
     if save is not None:
         checkpointing.check_save_folder(save, folders[0] if folders else None)
-    folder = first_sound(folders, checksums.first_fault)
+    folder = first_sound(folders, checkpointing.fault)
     if folder is not None:
         common = checkpointing.common_state(folder)
         check_compatible(folder, config, weights_only=common.get(checkpointing.WEIGHTS_ONLY, False))

@@ -68,7 +68,7 @@ def _run(folder: Path, layout: str) -> Undisturbed:
         folder,
         num_layers=2,
         train_iters=ITERATIONS,
-        save_interval=5,
+        save_interval=8,
         keep=2,
         distributed_timeout_minutes=1 / 3,
         heartbeat_interval=2.0,

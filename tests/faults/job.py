@@ -64,7 +64,7 @@ def context() -> Any:
     return found
 
 
-def _rank(rank: int, ranks: int, port: int, words: Sequence[str], log: Path, plant: Plant | None) -> None:
+def _rank(rank: int, ranks: int, port: int, words: Sequence[str], place: Path, log: Path, plant: Plant | None) -> None:
     os.environ.update(
         RANK=str(rank),
         LOCAL_RANK=str(rank),
@@ -77,7 +77,7 @@ def _rank(rank: int, ranks: int, port: int, words: Sequence[str], log: Path, pla
         descriptor = os.open(log.with_suffix(suffix), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
         os.dup2(descriptor, number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-    os.chdir(log.parent)
+    os.chdir(place)
     import torch
 
     from examples.pretrain_gpt import main
@@ -98,12 +98,14 @@ class Job:
         config: its config file.
         flags: of the command line.
         ranks: of the job.
+        logs: folder of the ranks' output; None: ``place``.
     """
 
     place: Path
     config: Path
     flags: tuple[Any, ...] = ()
     ranks: int = 2
+    logs: Path | None = None
 
     @property
     def folder(self) -> Path:
@@ -120,7 +122,7 @@ class Job:
         """Start all ranks; some with a fault planted, or with a command line of their own."""
         port = free_port()
         self.place.mkdir(exist_ok=True)
-        logs = [self.place / f"rank{rank}" for rank in range(self.ranks)]
+        logs = [(self.logs or self.place) / f"rank{rank}" for rank in range(self.ranks)]
         processes = [
             context().Process(
                 target=_rank,
@@ -129,6 +131,7 @@ class Job:
                     self.ranks,
                     port,
                     (words or {}).get(rank, self.words()),
+                    self.place,
                     logs[rank],
                     (plants or {}).get(rank),
                 ),

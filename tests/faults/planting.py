@@ -148,17 +148,23 @@ class Planted:
             done[0] += 1
             due = done[0] == self.step
             if due and self.where == "weight":
-                next(iter(trainer.chunks[0].parameters())).data.view(-1)[3] = self.value
+                _first(trainer).data.view(-1)[3] = self.value
             if due and self.where == "master":
                 _master(trainer).view(-1)[3] = self.value
             if due and self.where == "batch":
                 batches = [map(self._spoil, iterator) for iterator in batches]
+            hook = _first(trainer).register_hook(self._spoil_gradient) if due and self.where == "gradient" else None
             result = original(trainer, batches)
-            if due and self.where == "gradient":
-                _gradient(trainer).view(-1)[3] = self.value
+            if hook is not None:
+                hook.remove()
             return result
 
         loop.Trainer._train_batch = train_batch  # type: ignore[method-assign]
+
+    def _spoil_gradient(self, gradient: Any) -> Any:
+        gradient = gradient.clone()
+        gradient.view(-1)[3] = self.value
+        return gradient
 
     def _spoil(self, batch: dict[str, Any]) -> dict[str, Any]:
         mask = batch["loss_mask"].clone()
@@ -166,8 +172,8 @@ class Planted:
         return {**batch, "loss_mask": mask}
 
 
-def _gradient(trainer: Any) -> Any:
-    return next(p.main_grad for p in trainer.chunks[0].parameters() if getattr(p, "main_grad", None) is not None)
+def _first(trainer: Any) -> Any:
+    return next(iter(trainer.chunks[0].parameters()))
 
 
 def _master(trainer: Any) -> Any:

@@ -48,10 +48,10 @@ def wait_for_rows(job: Job, started: Started, rows: int) -> None:
 
 @mounts
 @pytest.mark.parametrize("seed", seeds(1, 12))
-def test_a_full_disk(seed: int, undisturbed: Runs, disk: Path, record: Record) -> None:
+def test_a_full_disk(seed: int, undisturbed: Runs, disk: Path, tmp_path: Path, record: Record) -> None:
     """So many bytes are left that a later save, or a row of metrics, finds no room."""
     picked, run = random.Random(seed), undisturbed(list(LAYOUTS)[seed % len(LAYOUTS)])
-    job = Job(shutil.copytree(run.half, disk / "job"), run.config, run.flags)
+    job = Job(shutil.copytree(run.half, disk / "job"), run.config, run.flags, logs=tmp_path)
     newest = job.newest()
     free = picked.randrange(sum(path.stat().st_size for path in newest.iterdir()) * 5 // 4)
     filler = disk / "filler"

@@ -67,7 +67,7 @@ OTHERS = {
     "layout": ["--tensor-model-parallel-size", 2],
     "save interval": ["--save-interval", 3],
     "length": ["--train-iters", 30],
-    "checkpoint": ["--load", "run/checkpoints/iter_0000010"],
+    "checkpoint": ["--load", "run/checkpoints/iter_0000008"],
 }
 
 

@@ -308,6 +308,11 @@ REFUSALS = [
         "leave it out, or give full$",
     ),
     Refusal(
+        f"{SMALL} --deterministic-mode --bf16 --cross-entropy-loss-fusion",
+        "--cross-entropy-loss-fusion is not deterministic",
+        "leave it out, or --deterministic-mode$",
+    ),
+    Refusal(
         f"{SMALL} --cross-entropy-fusion-impl te",
         "--cross-entropy-fusion-impl te needs --cross-entropy-loss-fusion",
         "give it, or leave it out$",
