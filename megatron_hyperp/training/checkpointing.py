@@ -66,8 +66,10 @@ def find_checkpoint(root: str | Path) -> Path | None:
 def candidates(root: str | Path) -> list[Path]:
     """Return the newest checkpoint under ``root``, complete or not, and the complete ones before it, newest first.
 
-    If ``root`` is a checkpoint itself, it is the only one. Raises: as :func:`find_checkpoint`, where there is not even a
-    folder of that name.
+    If ``root`` is a checkpoint itself, it is the only one.
+
+    Raises:
+        UsageError: the tracker file names what is not even a folder there.
     """
     newest = _newest(Path(root))
     if newest is None or newest == Path(root):
