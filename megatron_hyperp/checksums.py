@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from megatron_hyperp.files import write_atomically
+from megatron_hyperp.files import read_json, write_atomically
 
 FILE = "checksums.json"
 # What every rank reads anyway, before there are process groups: compared by each of them.
@@ -62,10 +62,9 @@ def read(folder: Path) -> dict[str, Checksum] | None:
         return None
     try:
         return {
-            str(name): Checksum(int(entry["size"]), str(entry["xxh3_128"]))
-            for name, entry in json.loads(path.read_bytes()).items()
+            str(name): Checksum(int(entry["size"]), str(entry["xxh3_128"])) for name, entry in read_json(path).items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{FILE} is damaged ({type(error).__name__})") from error
 
 
@@ -79,6 +78,7 @@ def fault(folder: Path, name: str, expected: Checksum, *, content: bool = True) 
         content: read it; otherwise only its size is compared.
     """
     path = folder / name
+    # A name from a file of others must not lead out of the folder.
     if Path(name).name != name or not path.is_file():
         return f"{name} is missing"
     size = path.stat().st_size

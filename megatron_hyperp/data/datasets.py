@@ -291,14 +291,18 @@ def _held_cache(cache: Path) -> Iterator[None]:
 
 
 def _is_whole_array(path: Path) -> bool:
-    """Return whether a ``.npy`` file has the size that its header tells of."""
+    """Return whether a ``.npy`` file holds numbers, and has the size that its header tells of.
+
+    Megatron loads it with ``allow_pickle``: what is no array would be unpickled, and so run whatever it names.
+    """
     with path.open("rb") as stream:
         try:
             npy_format.read_magic(stream)
             shape, _, dtype = npy_format.read_array_header_1_0(stream)
-        except ValueError:
+        except (ValueError, TypeError, MemoryError, RecursionError):
             return False
-        return path.stat().st_size == stream.tell() + math.prod(shape) * dtype.itemsize
+        whole = stream.tell() + math.prod(shape) * dtype.itemsize
+        return not dtype.hasobject and all(size >= 0 for size in shape) and path.stat().st_size == whole
 
 
 def _cache_error(cache: Path, error: OSError) -> UsageError:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.files import write_atomically
+from megatron_hyperp.files import read_json, read_small, write_atomically
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MODEL_TYPES = ("bpe", "unigram")
@@ -125,7 +124,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         import tokenizers
 
-        serialized = path.read_bytes()
+        serialized = read_small(path)
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(serialized)
         except Exception as error:  # the library raises nothing narrower
@@ -221,7 +220,7 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
         )
     try:
         if path.suffix == ".model":
-            return SentencePieceTokenizer(path.read_bytes(), name)
+            return SentencePieceTokenizer(read_small(path), name)
         return HuggingFaceTokenizer(path)
     except OSError as error:
         raise UsageError(f"tokenizer {name} cannot be read: {error.strerror}; check the path") from error
@@ -294,7 +293,7 @@ def train_sentencepiece(
 def _read_eos_token(config: Path) -> str | None:
     """Return the ``eos_token`` of a ``tokenizer_config.json``: a string, or an object with its ``content``."""
     try:
-        fields = json.loads(config.read_bytes())
+        fields = read_json(config)
     except ValueError as error:
         raise UsageError(f"{config} is not JSON ({_one_line(error)}); mend or remove it") from error
     token = fields.get("eos_token") if isinstance(fields, dict) else None

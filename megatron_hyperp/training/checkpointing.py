@@ -61,8 +61,9 @@ def find_checkpoint(root: str | Path) -> Path | None:
     tracker = root / TRACKER
     if not tracker.is_file():
         return None
-    content = tracker.read_text(errors="replace").strip()
-    folder = checkpoint_folder(root, int(content)) if re.fullmatch(r"[0-9]{1,12}", content) else None
+    content = read_tracker(tracker)
+    iteration = iteration_in(content)
+    folder = None if iteration is None else checkpoint_folder(root, iteration)
     if folder is None or not _is_complete(folder):
         found = ", ".join(path.name for path in complete_checkpoints(root)) or "none"
         raise UsageError(
@@ -70,6 +71,17 @@ def find_checkpoint(root: str | Path) -> Path | None:
             f" {found}; name one with --load {root}/iter_..."
         )
     return folder
+
+
+def read_tracker(path: Path) -> str:
+    """Return the first word or two of a tracker file, whatever it holds."""
+    with path.open(errors="replace") as stream:
+        return stream.read(100).strip()
+
+
+def iteration_in(word: str) -> int | None:
+    """Return the iteration that a tracker file names, if it is one."""
+    return int(word) if re.fullmatch(r"[0-9]{1,12}", word) else None
 
 
 def candidates(root: str | Path) -> list[Path]:
@@ -93,11 +105,12 @@ def common_state(folder: Path) -> dict[str, Any]:
         # Megatron-Core reads this again, and would run what it names.
         load_metadata(folder / ".metadata")
         common = load_values(folder / "common.pt")
+        if not isinstance(common, dict):
+            raise UsageError("its common.pt holds no names with values")
     except UsageError as error:
         raise UsageError(
             f"the checkpoint {folder} cannot be read ({error}); name an older one with --load", same_on_all_ranks=True
         ) from error
-    assert isinstance(common, dict)
     return common
 
 
