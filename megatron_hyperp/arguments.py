@@ -120,11 +120,11 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         if kind is bool and isinstance(value, bool):
             return value
         if kind is list and isinstance(value, list) and all(map(_is_scalar, value)):
-            return [_text(item) for item in value]
-        if kind is list and isinstance(value, str):
-            return _text(value).split()
+            return [str(item) for item in value]
+        if kind is list and isinstance(value, str) and _is_scalar(value):
+            return value.split()
         if kind is str and _is_scalar(value):
-            return _text(value)
+            return str(value)
         # YAML 1.1 reads 1e-3 as a string, and 10 where a float is meant as an int.
         if kind is float and _is_scalar(value):
             return float(value)
@@ -150,17 +150,11 @@ _SHORT.maxlevel = 3
 _LARGEST_INTEGER = 2**63 - 1
 
 
-def _text(value: str | float) -> str:
-    """A string for names and paths, which the operating system and UTF-8 both know."""
-    text = str(value)
-    if "\0" in text:
-        raise ValueError("a NUL")
-    text.encode()
-    return text
-
-
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    """Whether a value is a number, or a string that can be a path and be written: no NUL, no half of a surrogate."""
+    if isinstance(value, str):
+        return "\0" not in value and value == value.encode(errors="ignore").decode()
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 _TYPE_NAMES = {

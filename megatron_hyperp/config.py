@@ -20,7 +20,7 @@ POSITIVE = "greater than 0"
 FRACTION = "at least 0 and below 1"
 SEED = "from 0 to 2^32 - 1"
 # Of what a model has many of, and each of which costs time and memory.
-COUNT, COUNT_FROM_1 = "from 0 to 100,000", "from 1 to 100,000"
+COUNT, COUNT_FROM_1 = "at least 0 and 100,000 at most", "greater than 0 and 100,000 at most"
 RANGES: dict[str, Callable[[float], bool]] = {
     NOT_NEGATIVE: lambda value: value >= 0,
     POSITIVE: lambda value: value > 0,

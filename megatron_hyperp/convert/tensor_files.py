@@ -201,6 +201,8 @@ class TensorReader:
         """Read a tensor, contiguous and free to be changed. Raises: as :meth:`spec`."""
         spec = self.spec(name)
         place = self._places[name]
+        if not spec.nbytes:
+            return torch.empty(spec.shape, dtype=spec.dtype)
         numbers = np.fromfile(place.path, dtype=np.uint8, count=spec.nbytes, offset=place.start)
         return torch.from_numpy(numbers).view(spec.dtype).view(spec.shape)
 

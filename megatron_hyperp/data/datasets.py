@@ -299,7 +299,7 @@ def _is_whole_array(path: Path) -> bool:
         try:
             npy_format.read_magic(stream)
             shape, _, dtype = npy_format.read_array_header_1_0(stream)
-        except (ValueError, TypeError, MemoryError, RecursionError):
+        except Exception:  # a damaged header is parsed as Python, and fails in any way
             return False
         whole = stream.tell() + math.prod(shape) * dtype.itemsize
         return not dtype.hasobject and all(size >= 0 for size in shape) and path.stat().st_size == whole

@@ -149,8 +149,15 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of ``text``, without any special token added."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Return the token ids of ``text``, without any special token added.
+
+        Raises:
+            UsageError: the tokenizer cannot spell it.
+        """
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # the library raises nothing narrower
+            raise UsageError(f"the tokenizer cannot encode a text ({_one_line(error)}); give a whole one") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included."""

@@ -217,7 +217,8 @@ FLAG_REFUSALS = [
     ("--lr x", "--lr is 'x'; it must be a number"),
     ("--train-iters 1.5", "--train-iters is '1.5'; it must be an integer"),
     ("--train-iters nan", "--train-iters is 'nan'; it must be an integer"),
-    ("--train-iters " + 5000 * "9", "--train-iters is '9+'; it must be an integer"),
+    ("--train-iters " + 5000 * "9", r"--train-iters is '9+\.\.\.9+'; it must be an integer below 2\^63"),
+    ("--run-dir \0", r"--run-dir is '\\x00'; it must be a string \(UTF-8, without NUL\)"),
     ("--optimizer sgd", "--optimizer is 'sgd'; allowed are hyperp, muonh, muon, adamw"),
     ("--config absent.yaml", r"config absent\.yaml cannot be read: No such file or directory; check the path"),
     (
