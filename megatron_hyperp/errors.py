@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import stat
 import sys
 import time
 import traceback
@@ -55,9 +56,12 @@ def leave_at_once(code: int) -> NoReturn:
 def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Run a command line's ``main(argv)`` and exit: 0, its own code, 2 after a :class:`UsageError`, or 76.
 
+    What it writes follows the umask, but is never writable to the whole machine: a checkpoint or an index that anyone
+    may replace is one that nobody can trust.
     ``--debug`` anywhere in ``argv`` (it is taken out) shows the traceback of a usage error as well.
     Other exceptions are bugs or failures of the machine and keep their traceback.
     """
+    os.umask(os.umask(0o077) | stat.S_IWOTH)
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]

@@ -24,17 +24,25 @@ def read_small(path: Path, *, most: int = LARGEST) -> bytes:
     Raises:
         OSError: it cannot be read, is no file, or has more than so many bytes.
     """
+    size = check_file(path)
+    if size > most:
+        raise OSError(errno.EFBIG, f"Larger than {most:,} bytes")
+    return path.read_bytes()
+
+
+def check_file(path: Path) -> int:
+    """See that opening a file cannot wait for ever; return its size.
+
+    Raises:
+        OSError: it is not there, or is a pipe or a device.
+    """
     try:
         status = path.stat()
     except ValueError as error:  # a name with a NUL in it
         raise OSError(errno.EINVAL, str(error)) from error
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         raise OSError(errno.EINVAL, "Not a file")
-    with path.open("rb") as stream:
-        content = stream.read(most + 1) if status.st_size > most else stream.read()
-    if len(content) > most:
-        raise OSError(errno.EFBIG, f"Larger than {most:,} bytes")
-    return content
+    return status.st_size
 
 
 def read_json(path: Path, *, most: int = LARGEST) -> Any:

@@ -20,7 +20,7 @@ from typing import IO, Any, ClassVar
 import torch
 
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.files import read_small
+from megatron_hyperp.files import check_file, read_small
 
 # What torch.distributed.checkpoint writes into its ``.metadata``, with the plans that Megatron-Core keeps there.
 _METADATA_NAMES: dict[str, tuple[str, ...]] = {
@@ -137,6 +137,7 @@ def load_values(path: Path, *, allowed: Iterable[Any] = (), mmap: bool = False) 
     allowed = list(allowed)
     try:
         with torch.serialization.safe_globals(allowed):
+            check_file(path)
             with path.open("rb") as file:
                 check_archive(file)
             foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))

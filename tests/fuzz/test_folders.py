@@ -86,7 +86,9 @@ def test_whole_ones_are_read(folders: dict[str, Path], kind: str) -> None:
 def test_one_file_is_damaged(folders: dict[str, Path], kind: str, data: st.DataObject) -> None:
     folder = folders[kind]
     path = folder / data.draw(st.sampled_from(sorted(path.name for path in folder.iterdir())))
-    content = data.draw(st.one_of(damaged(path.read_bytes()), st.sampled_from(MISHAPS)))
+    # A config that the command line names may be a shell's <(...), and is waited for.
+    mishaps = [each for each in MISHAPS if path.name != "config.yaml" or each not in ("pipe", "endless")]
+    content = data.draw(st.one_of(damaged(path.read_bytes()), st.sampled_from(mishaps)))
     with replaced(path, content):
         run(f"{kind}, damaged file", read, kind, folder, refusals=(UsageError,))
         if kind == "hyperp":
@@ -95,6 +97,9 @@ def test_one_file_is_damaged(folders: dict[str, Path], kind: str, data: st.DataO
 
 NUMBERS = st.one_of(st.sampled_from(EDGES), st.integers(-3, 12), st.floats(), st.none(), TEXT)
 FIELDS = ["size", "chunks", "chunk.sizes", "chunk.offsets", "dtype", "storage.offset", "storage.length", "storage.path"]
+
+
+CHANGES = st.tuples(st.sampled_from(FIELDS), st.integers(0, 20), st.one_of(NUMBERS, VALUES))
 
 
 def index_with(folder: Path, changes: list[tuple[str, int, Any]]) -> bytes:
@@ -109,11 +114,11 @@ def index_with(folder: Path, changes: list[tuple[str, int, Any]]) -> bytes:
             entry.size = shape
         elif field == "chunks":
             entry.chunks = shape
-        elif field.startswith("chunk."):
+        elif field.startswith("chunk.") and hasattr(entry.chunks[0], "sizes"):
             object.__setattr__(entry.chunks[0], field.removeprefix("chunk."), shape)
         elif field == "dtype":
             object.__setattr__(entry.properties, "dtype", value)
-        else:
+        elif field.startswith("storage."):
             name = {"path": "relative_path"}.get(field.split(".")[1], field.split(".")[1])
             object.__setattr__(storage, name, value)
     return pickle.dumps(metadata)
@@ -191,7 +196,7 @@ def test_arguments_of_megatron(folders: dict[str, Path], content: dict[str, Any]
     run("megatron-lm, arguments", megatron_lm.from_arguments, content, "it", refusals=(UsageError,))
 
 
-@fuzzed(60, slowness=5)
+@fuzzed(15, slowness=20)
 @given(st.one_of(changed({"args": PLAIN, "iteration": 3}), VALUES))
 @example([1])
 @example({"args": 1})

@@ -169,7 +169,7 @@ def test_what_cannot_be_expressed_is_named(tmp_path: Path) -> None:
     for change, words in (
         (
             {"architectures": ["GPT2LMHeadModel"]},
-            "architecture 'GPT2LMHeadModel'; those that are read: Qwen3ForCausalLM",
+            "architecture 'GPT2LMHeadModel'; those that are read: Qwen3",
         ),
         ({"attention_bias": True}, "has attention_bias True"),
         ({"use_sliding_window": True}, "has use_sliding_window True"),
