@@ -55,7 +55,7 @@ def main() -> int:
 
 @contextmanager
 def instrumented(atheris: Any) -> Iterator[None]:
-    """What is imported meanwhile tells the fuzzer which lines it runs; torch, which is not fuzzed, would take minutes."""
+    """What is imported meanwhile tells the fuzzer which lines it runs; torch, which is not fuzzed, takes minutes."""
     import torch
 
     assert torch.__version__

@@ -45,7 +45,7 @@ def resolved(content: Any, world_size: int = 1) -> Config:
     return arguments.from_dict(content, source="here").resolve(world_size=world_size, tokenizer_vocab_size=64)
 
 
-@fuzzed(250)
+@fuzzed(100)
 @given(st.one_of(damaged(YAML), st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass"))))
 @example(LAUGHS.encode())
 @example(("model:\n  depth: *a9\n" + LAUGHS).encode())
@@ -81,7 +81,7 @@ def test_tags(tag: str, text: str) -> None:
     run("YAML tags", yaml_files.load, content, refusals=(ValueError,))
 
 
-@fuzzed(300)
+@fuzzed(150)
 @given(st.one_of(changed(VALID), VALUES), st.sampled_from([1, 2, 3, 8, 2**20]))
 @example({"model": {"depth": 10**18}}, 1)
 @example({"model": {"num_layers": 2**62, "hidden_size": 6, "num_attention_heads": 4}}, 1)
@@ -96,7 +96,7 @@ def test_values(content: Any, world_size: int) -> None:
         assert arguments.from_dict(yaml.safe_load(arguments.to_yaml(config)), source="written") == config
 
 
-@fuzzed(300)
+@fuzzed(150)
 @given(st.lists(st.tuples(st.sampled_from(NAMES), VALUES), min_size=1, max_size=4))
 def test_few_settings(settings: list[tuple[tuple[str, str], Any]]) -> None:
     content: dict[str, dict[str, Any]] = {"model": {"depth": 2}}
@@ -124,7 +124,7 @@ WORDS = st.one_of(
 PAIRS = st.tuples(st.sampled_from(OPTIONS), TEXT).map(list)
 
 
-@fuzzed(300)
+@fuzzed(150)
 @given(
     st.one_of(st.lists(WORDS, max_size=6), st.lists(PAIRS, max_size=4).map(lambda pairs: sum(pairs, ["--depth", "2"])))
 )

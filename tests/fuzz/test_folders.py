@@ -81,7 +81,7 @@ def test_whole_ones_are_read(folders: dict[str, Path], kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@fuzzed(60, slowness=5)
+@fuzzed(40, slowness=5)
 @given(data=st.data())
 def test_one_file_is_damaged(folders: dict[str, Path], kind: str, data: st.DataObject) -> None:
     folder = folders[kind]
@@ -124,7 +124,7 @@ def index_with(folder: Path, changes: list[tuple[str, int, Any]]) -> bytes:
     return pickle.dumps(metadata)
 
 
-@fuzzed(200, slowness=2)
+@fuzzed(100, slowness=2)
 @given(
     st.lists(st.tuples(st.sampled_from(FIELDS), st.integers(0, 20), st.one_of(NUMBERS, VALUES)), min_size=1, max_size=3)
 )
@@ -148,7 +148,7 @@ HF: dict[str, Any] = hf_config.to_json(inputs.model_config(**inputs.TINY), dtype
 MOE: dict[str, Any] = hf_config.to_json(inputs.model_config(**inputs.TINY, **inputs.EXPERTS), dtype="float32", eos=1)
 
 
-@fuzzed(250)
+@fuzzed(120)
 @given(st.one_of(changed(HF), changed(MOE), VALUES.map(lambda value: {"architectures": value})))
 @example({**HF, "num_hidden_layers": 2**60})
 @example({**MOE, "num_hidden_layers": 10**5, "num_experts": 10**5})
@@ -166,7 +166,7 @@ def test_config_of_hugging_face(folders: dict[str, Path], content: dict[str, Any
 
 
 @pytest.mark.parametrize("name", ["model.safetensors.index.json", "hyperp.json", "config.json"])
-@fuzzed(80, slowness=3)
+@fuzzed(40, slowness=3)
 @given(data=st.data())
 def test_json_files(folders: dict[str, Path], name: str, data: st.DataObject) -> None:
     path = folders["hf"] / name
@@ -187,7 +187,7 @@ ARGUMENTS = vars(megatron_lm.to_arguments(inputs.model_config(**inputs.TINY), La
 PLAIN = {name: value for name, value in ARGUMENTS.items() if not isinstance(value, torch.dtype)}
 
 
-@fuzzed(200)
+@fuzzed(120)
 @given(changed(PLAIN))
 @example({**PLAIN, "num_layers": float("nan")})
 @example({**PLAIN, "num_attention_heads": 0, "kv_channels": None})
@@ -196,7 +196,7 @@ def test_arguments_of_megatron(folders: dict[str, Path], content: dict[str, Any]
     run("megatron-lm, arguments", megatron_lm.from_arguments, content, "it", refusals=(UsageError,))
 
 
-@fuzzed(15, slowness=20)
+@fuzzed(10, slowness=20)
 @given(st.one_of(changed({"args": PLAIN, "iteration": 3}), VALUES))
 @example([1])
 @example({"args": 1})
@@ -225,7 +225,7 @@ def _namespace(content: Any) -> argparse.Namespace:
     return argparse.Namespace(**named)
 
 
-@fuzzed(25, slowness=100)
+@fuzzed(15, slowness=100)
 @given(data=st.data())
 def test_nothing_is_left_of_a_conversion(folders: dict[str, Path], tmp_path_factory: Any, data: st.DataObject) -> None:
     """From a folder that is damaged: a whole output, or none."""
