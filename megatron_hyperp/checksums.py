@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from megatron_hyperp.files import read_json, write_atomically
+from megatron_hyperp.files import holds, read_json, write_atomically
 
 FILE = "checksums.json"
 # What every rank reads anyway, before there are process groups: compared by each of them.
@@ -78,8 +78,7 @@ def fault(folder: Path, name: str, expected: Checksum, *, content: bool = True) 
         content: read it; otherwise only its size is compared.
     """
     path = folder / name
-    # A name from a file of others must not lead out of the folder.
-    if Path(name).name != name or not path.is_file():
+    if not holds(folder, name):
         return f"{name} is missing"
     size = path.stat().st_size
     if size != expected.size:

@@ -45,6 +45,12 @@ def check_file(path: Path) -> int:
     return status.st_size
 
 
+def holds(folder: Path, name: str) -> bool:
+    """Whether a folder has a file of this name, which a file of others gave: no path that leads out of it."""
+    # Unlike Path.is_file, it minds no name that is too long or has a NUL in it.
+    return Path(name).name == name and os.path.isfile(folder / name)
+
+
 def read_json(path: Path, *, most: int = LARGEST) -> Any:
     """Read a JSON file. Raises: OSError as :func:`read_small`; ValueError: it is not JSON, or nested too deeply."""
     try:

@@ -78,6 +78,11 @@ class _MetadataUnpickler(pickle._Unpickler):
             raise pickle.UnpicklingError("it would change a class")
         super().load_build()  # type: ignore[misc]
 
+    def load_bytearray8(self) -> None:
+        """Takes memory first and reads then; there are no such arrays in an index."""
+        raise pickle.UnpicklingError("a bytearray")
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
     dispatch[pickle.LONG_BINPUT[0]] = load_long_binput
     dispatch[pickle.PUT[0]] = load_put
     dispatch[pickle.BUILD[0]] = load_build

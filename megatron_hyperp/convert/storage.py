@@ -18,7 +18,7 @@ import torch
 
 from megatron_hyperp.arguments import shown
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.files import read_json
+from megatron_hyperp.files import holds, read_json
 from megatron_hyperp.pickles import check_archive, load_metadata, load_values
 
 LAYERS, EXPERTS = "decoder.layers.", ".experts.experts."
@@ -178,7 +178,7 @@ class CheckpointReader:
             # A name from a file of others must not lead out of the folder.
             if Path(file).name != file:
                 raise self._damaged(f"its {METADATA_FILE} names the file {file}, outside of it")
-            if not (self.folder / file).is_file():
+            if not holds(self.folder, file):
                 raise self._damaged(f"{file} is missing")
             sizes[file] = (self.folder / file).stat().st_size
         for key, entry in metadata.state_dict_metadata.items():

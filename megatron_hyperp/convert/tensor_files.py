@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.files import read_json
+from megatron_hyperp.files import holds, read_json
 
 INDEX = "model.safetensors.index.json"
 _NAMES = {
@@ -167,7 +167,7 @@ class TensorReader:
             outside = [name for name in names if Path(name).name != name]
             if outside:
                 raise UsageError(f"{index} names {outside[0]!r}, outside of its folder; take another copy")
-            missing = [name for name in names if not (self.folder / name).is_file()]
+            missing = [name for name in names if not holds(self.folder, name)]
             if missing:
                 raise UsageError(
                     f"{self.folder} lacks {', '.join(missing)}, which its index names; download them again"

@@ -295,14 +295,12 @@ def _is_whole_array(path: Path) -> bool:
 
     Megatron loads it with ``allow_pickle``: what is no array would be unpickled, and so run whatever it names.
     """
-    with path.open("rb") as stream:
-        try:
-            npy_format.read_magic(stream)
-            shape, _, dtype = npy_format.read_array_header_1_0(stream)
-        except Exception:  # a damaged header is parsed as Python, and fails in any way
-            return False
-        whole = stream.tell() + math.prod(shape) * dtype.itemsize
-        return not dtype.hasobject and all(size >= 0 for size in shape) and path.stat().st_size == whole
+    try:
+        array = npy_format.open_memmap(path, mode="r")
+    except Exception:  # a damaged header is parsed as Python, and fails in any way
+        return False
+    whole = int(array.offset) + array.nbytes == path.stat().st_size
+    return whole and array.dtype.kind in "iu" and array.itemsize > 0
 
 
 def _cache_error(cache: Path, error: OSError) -> UsageError:

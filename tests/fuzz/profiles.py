@@ -1,7 +1,8 @@
 """How much is tried, and what counts as a finding.
 
 Quick runs (CI) draw the same few examples each time. ``FUZZ_EXAMPLES=20000`` (``make test-fuzz``) draws as many new
-ones for each target; what fails is shrunk, printed with the lines to repeat it, and kept in ``.hypothesis`` until it passes.
+ones for each target; what fails is shrunk, printed with the lines to repeat it, and kept in ``.hypothesis`` until it
+passes.
 """
 
 from __future__ import annotations

@@ -137,6 +137,7 @@ def index_with(folder: Path, changes: list[tuple[str, int, Any]]) -> bytes:
 @example([("storage.offset", 0, -1)])
 @example([("storage.path", 0, "../../../../etc/passwd")])
 @example([("storage.path", 0, "/dev/zero")])
+@example([("storage.path", 0, "x" * 3000)])
 @example([("dtype", 0, "torch.float32")])
 def test_index_of_a_checkpoint(folders: dict[str, Path], changes: list[tuple[str, int, Any]]) -> None:
     folder = folders["hyperp"]
@@ -174,7 +175,9 @@ def test_json_files(folders: dict[str, Path], name: str, data: st.DataObject) ->
         run(f"hf, {name} bytes", read, "hf", folders["hf"], refusals=(UsageError,))
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", ".", "a/b", "a\0b", "", 5, None, ["x"], "model"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "..", ".", "a/b", "a\0b", "x" * 3000, "", 5, None, ["x"], "model"]
+)
 def test_names_of_shards(folders: dict[str, Path], name: object) -> None:
     path = folders["hf"] / "model.safetensors.index.json"
     content = json.loads(path.read_bytes())
