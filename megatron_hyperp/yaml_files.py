@@ -61,7 +61,8 @@ def load(text: str) -> Any:
     if len(text) > _LARGEST:
         raise ValueError(f"it has more than {_LARGEST:,} characters")
     try:
-        return yaml.load(text, _Loader)  # nosec B506: a safe loader
+        # A safe loader.
+        return yaml.load(text, _Loader)  # nosec B506
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, RecursionError) as error:

@@ -25,7 +25,7 @@ ONLY = {
     "base": "lr",
     "batch_tokens": "lr",
     "hidden_size": "lr",
-    "token_exponent": "lr",  # nosec B105: of training tokens
+    "token_exponent": "lr",
     "write_base": "lr",
     "baseline": "leverage",
 }

@@ -73,7 +73,7 @@ def to_json(config: Config, *, dtype: str, eos: int | None) -> dict[str, Any]:
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "bos_token_id": None,  # nosec B105: of a vocabulary
+        "bos_token_id": None,
         "eos_token_id": eos,
         "dtype": dtype,
     }
