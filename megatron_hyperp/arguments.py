@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from megatron_hyperp import yaml_files
 from megatron_hyperp.config import Config, flag_name
 from megatron_hyperp.errors import UsageError
 
@@ -42,12 +44,12 @@ def load_yaml(*paths: str | Path) -> Config:
 
 def _read_yaml(path: str | Path) -> Any:
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return yaml_files.read(Path(path))
     except OSError as error:
         message = f"config {path} cannot be read: {error.strerror}; check the path"
         raise UsageError(message, same_on_all_ranks=True) from error
-    except (yaml.YAMLError, ValueError) as error:
-        message = f"config {path} is not YAML: {' '.join(str(error).split())}"
+    except ValueError as error:
+        message = f"config {path} is not YAML: {error}"
         raise UsageError(message, same_on_all_ranks=True) from error
 
 
@@ -84,14 +86,14 @@ def _mapping(value: Any, where: str) -> dict[Any, Any]:
     if value is None:
         return {}
     if not isinstance(value, dict):
-        raise UsageError(f"{where} holds {value!r}; it must map names to values", same_on_all_ranks=True)
+        raise UsageError(f"{where} holds {shown(value)}; it must map names to values", same_on_all_ranks=True)
     return value
 
 
 def _unknown(name: Any, known: Iterable[str], where: str) -> UsageError:
     """Say what was meant: a key of another section, one spelled nearly so, or any of the known ones."""
     homes = [section for section, kind in section_types().items() if name in typing.get_type_hints(kind)]
-    near = difflib.get_close_matches(str(name), known, n=1)
+    near = difflib.get_close_matches(str(name)[:_LONGEST_SHOWN], known, n=1)
     if homes:
         hint = f"it belongs to section {homes[0]}"
     elif near:
@@ -112,14 +114,14 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         return None
     if choices:
         if value not in choices:
-            raise UsageError(f"{where} is {value!r}; allowed are {', '.join(choices)}", same_on_all_ranks=True)
+            raise UsageError(f"{where} is {shown(value)}; allowed are {', '.join(choices)}", same_on_all_ranks=True)
         return value
     with contextlib.suppress(ValueError, OverflowError):
         if kind is bool and isinstance(value, bool):
             return value
         if kind is list and isinstance(value, list) and all(map(_is_scalar, value)):
             return [str(item) for item in value]
-        if kind is list and isinstance(value, str):
+        if kind is list and isinstance(value, str) and _is_scalar(value):
             return value.split()
         if kind is str and _is_scalar(value):
             return str(value)
@@ -128,15 +130,40 @@ def convert(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         if kind is int and _is_scalar(value) and float(value) == int(float(value)):
             # Large integers do not pass through float, which would round them.
-            return int(value) if str(value).lstrip("+-").isdigit() else int(float(value))
-    raise UsageError(f"{where} is {value!r}; it must be {_TYPE_NAMES[kind]}", same_on_all_ranks=True)
+            number = int(value) if str(value).lstrip("+-").isdigit() else int(float(value))
+            if abs(number) <= _LARGEST_INTEGER:
+                return number
+    raise UsageError(f"{where} is {shown(value)}; it must be {_TYPE_NAMES[kind]}", same_on_all_ranks=True)
+
+
+def shown(value: Any) -> str:
+    """A value as errors quote it: cut short, whatever a file has for it."""
+    return _SHORT.repr(value)
+
+
+_LONGEST_SHOWN = 200
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _LONGEST_SHOWN
+_SHORT.maxlist = _SHORT.maxdict = 20
+_SHORT.maxlevel = 3
+# Of 64 bits; products of four are still floats.
+_LARGEST_INTEGER = 2**63 - 1
 
 
 def _is_scalar(value: Any) -> bool:
-    return isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    """Whether a value is a number, or a string that can be a path and be written: no NUL, no half of a surrogate."""
+    if isinstance(value, str):
+        return "\0" not in value and value == value.encode(errors="ignore").decode()
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-_TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false", list: "a list of strings"}
+_TYPE_NAMES = {
+    int: "an integer below 2^63",
+    float: "a number",
+    str: "a string (UTF-8, without NUL)",
+    bool: "true or false",
+    list: "a list of strings (UTF-8, without NUL)",
+}
 
 
 def _unwrap(hint: Any) -> tuple[type, bool, tuple[str, ...]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import xxhash
 
-from megatron_hyperp.files import write_atomically
+from megatron_hyperp.files import holds, read_json, write_atomically
 
 FILE = "checksums.json"
 # What every rank reads anyway, before there are process groups: compared by each of them.
@@ -62,10 +62,9 @@ def read(folder: Path, name: str = FILE) -> dict[str, Checksum] | None:
         return None
     try:
         return {
-            str(file): Checksum(int(entry["size"]), str(entry["xxh3_128"]))
-            for file, entry in json.loads(path.read_bytes()).items()
+            str(file): Checksum(int(entry["size"]), str(entry["xxh3_128"])) for file, entry in read_json(path).items()
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ValueError(f"{path.name} is damaged ({type(error).__name__})") from error
 
 
@@ -79,7 +78,7 @@ def fault(folder: Path, name: str, expected: Checksum, *, content: bool = True) 
         content: read it; otherwise only its size is compared.
     """
     path = folder / name
-    if Path(name).name != name or not path.is_file():
+    if not holds(folder, name):
         return f"{name} is missing"
     size = path.stat().st_size
     if size != expected.size:

@@ -19,11 +19,15 @@ NOT_NEGATIVE = "at least 0"
 POSITIVE = "greater than 0"
 FRACTION = "at least 0 and below 1"
 SEED = "from 0 to 2^32 - 1"
+# Of what a model has many of, and each of which costs time and memory.
+COUNT, COUNT_FROM_1 = "at least 0 and 100,000 at most", "greater than 0 and 100,000 at most"
 RANGES: dict[str, Callable[[float], bool]] = {
     NOT_NEGATIVE: lambda value: value >= 0,
     POSITIVE: lambda value: value > 0,
     FRACTION: lambda value: 0 <= value < 1,
     SEED: lambda value: 0 <= value < 2**32,
+    COUNT: lambda value: 0 <= value <= 100_000,
+    COUNT_FROM_1: lambda value: 1 <= value <= 100_000,
 }
 
 
@@ -37,12 +41,12 @@ class ModelConfig:
     """Architecture. ``depth`` derives the paper's shape; every explicit size overrides its part of it."""
 
     depth: int | None = knob(
-        None, "number of layers d of the paper's architecture; all sizes left unset follow", POSITIVE
+        None, "number of layers d of the paper's architecture; all sizes left unset follow", COUNT_FROM_1
     )
     aspect_ratio: int = knob(
         128, "width per layer a, with --depth: hidden size a d, head size a, 2d heads, 4 KV groups", POSITIVE
     )
-    num_layers: int = knob(0, "transformer layers [depth]")
+    num_layers: int = knob(0, "transformer layers [depth]", COUNT)
     hidden_size: int = knob(0, "model width w [aspect ratio x depth]")
     ffn_hidden_size: int = knob(0, "width of the SwiGLU branch [4 x hidden size]")
     num_attention_heads: int = knob(0, "query heads [2 x depth]")
@@ -72,10 +76,12 @@ class ModelConfig:
 class MoEConfig:
     """Mixture of experts, in the paper's terms (sparsity, top-k, shared expert) or in Megatron's."""
 
-    moe_sparsity: int = knob(0, "S: all experts over active ones; with --moe-topk makes S x K experts of FFN size / K")
-    moe_topk: int = knob(0, "K: experts per token, the shared one included")
+    moe_sparsity: int = knob(
+        0, "S: all experts over active ones; with --moe-topk makes S x K experts of FFN size / K", COUNT
+    )
+    moe_topk: int = knob(0, "K: experts per token, the shared one included", COUNT)
     moe_shared_expert: bool = knob(False, "one of the K is shared by all tokens: K - 1 of S x K - 1 are routed")
-    num_experts: int = knob(0, "routed experts of each layer; 0: a dense model [S x K, less the shared one]")
+    num_experts: int = knob(0, "routed experts of each layer; 0: a dense model [S x K, less the shared one]", COUNT)
     moe_router_topk: int = knob(0, "routed experts per token [K, less the shared one; else 2]")
     moe_ffn_hidden_size: int = knob(0, "FFN size of an expert [FFN size / K; else the FFN size]")
     moe_shared_expert_intermediate_size: int = knob(0, "FFN size of the shared expert [that of an expert, if shared]")

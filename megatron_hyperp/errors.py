@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import stat
 import sys
 import time
 import traceback
@@ -11,6 +12,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 EXIT_USAGE = 2
+# Characters of a message: what a file of others holds may be quoted in it.
+_LONGEST_MESSAGE = 4000
 # Asked to stop before the end: the same command goes on from the checkpoint. EX_TEMPFAIL of sysexits.h.
 EXIT_STOPPED = 75
 # A collective failed because another rank died or hung; nothing was saved. EX_PROTOCOL of sysexits.h.
@@ -24,13 +27,18 @@ class UsageError(ValueError):
     """Input that the user can mend: what was given, what is allowed, how to mend it.
 
     Args:
-        message: one line, without a trailing full stop.
+        message: one line, without a trailing full stop; control characters in what it quotes are escaped, so that no
+            file can write to a terminal.
         same_on_all_ranks: every rank raises this same error (a wrong flag, say), so rank 0 alone prints it.
     """
 
     def __init__(self, message: str, *, same_on_all_ranks: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(_printable(message[:_LONGEST_MESSAGE]))
         self.same_on_all_ranks = same_on_all_ranks
+
+
+def _printable(text: str) -> str:
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 class LostRankError(RuntimeError):
@@ -48,9 +56,12 @@ def leave_at_once(code: int) -> NoReturn:
 def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
     """Run a command line's ``main(argv)`` and exit: 0, its own code, 2 after a :class:`UsageError`, or 76.
 
+    What it writes follows the umask, but is never writable to the whole machine: a checkpoint or an index that anyone
+    may replace is one that nobody can trust.
     ``--debug`` anywhere in ``argv`` (it is taken out) shows the traceback of a usage error as well.
     Other exceptions are bugs or failures of the machine and keep their traceback.
     """
+    os.umask(os.umask(0o077) | stat.S_IWOTH)
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]

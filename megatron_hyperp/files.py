@@ -1,14 +1,62 @@
-"""Small files that a killed process leaves whole: the old one or the new one."""
+"""Small files: written so that a killed process leaves the old one or the new one; read without trust in them."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from megatron_hyperp.errors import UsageError
+
+# Bytes of a config, an index or a tokenizer: the largest published ones are a tenth of it.
+LARGEST = 2**28
+
+
+def read_small(path: Path, *, most: int = LARGEST) -> bytes:
+    """Read a file that may be of someone else: no pipe, which might never end, and nothing that fills the memory.
+
+    Raises:
+        OSError: it cannot be read, is no file, or has more than so many bytes.
+    """
+    size = check_file(path)
+    if size > most:
+        raise OSError(errno.EFBIG, f"Larger than {most:,} bytes")
+    return path.read_bytes()
+
+
+def check_file(path: Path) -> int:
+    """See that opening a file cannot wait for ever; return its size.
+
+    Raises:
+        OSError: it is not there, or is a pipe or a device.
+    """
+    try:
+        status = path.stat()
+    except ValueError as error:  # a name with a NUL in it
+        raise OSError(errno.EINVAL, str(error)) from error
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise OSError(errno.EINVAL, "Not a file")
+    return status.st_size
+
+
+def holds(folder: Path, name: str) -> bool:
+    """Whether a folder has a file of this name, which a file of others gave: no path that leads out of it."""
+    # Unlike Path.is_file, it minds no name that is too long or has a NUL in it.
+    return Path(name).name == name and os.path.isfile(folder / name)
+
+
+def read_json(path: Path, *, most: int = LARGEST) -> Any:
+    """Read a JSON file. Raises: OSError as :func:`read_small`; ValueError: it is not JSON, or nested too deeply."""
+    try:
+        return json.loads(read_small(path, most=most))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def write_atomically(

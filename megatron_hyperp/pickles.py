@@ -7,18 +7,20 @@ and any other is refused by name.
 from __future__ import annotations
 
 import argparse
-import contextlib
+import io
 import itertools
 import pathlib
 import pickle
 import signal
-from collections.abc import Iterable, Iterator
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, ClassVar
 
 import torch
 
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.files import check_file, read_small
 
 # What torch.distributed.checkpoint writes into its ``.metadata``, with the plans that Megatron-Core keeps there.
 _METADATA_NAMES: dict[str, tuple[str, ...]] = {
@@ -42,7 +44,49 @@ class _Placeholder:
     """Stands for what a pickle holds and nobody here reads."""
 
 
-class _MetadataUnpickler(pickle.Unpickler):
+# Bytes of a ``.metadata``: that of a trillion parameters on 10,000 ranks has a tenth of them.
+_LARGEST_METADATA = 2**30
+
+
+class _MetadataUnpickler(pickle._Unpickler):
+    """Python's own, no slower here than the one in C, which takes a pickle's word for the size of its memo."""
+
+    memo: dict[int, Any]
+    stack: list[Any]
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content))
+        self._most = len(content)
+
+    def load_long_binput(self) -> None:
+        super().load_long_binput()  # type: ignore[misc]
+        self._check_memo()
+
+    def load_put(self) -> None:
+        super().load_put()  # type: ignore[misc]
+        self._check_memo()
+
+    def _check_memo(self) -> None:
+        """Torch reads the file again, with the unpickler in C: there an index of 2^31 is as many entries."""
+        if next(reversed(self.memo)) > self._most:
+            raise pickle.UnpicklingError("an index of its memo is larger than the file")
+
+    def load_build(self) -> None:
+        """Give an object its state: never a class, whose methods everyone has."""
+        if isinstance(self.stack[-2], type):
+            raise pickle.UnpicklingError("it would change a class")
+        super().load_build()  # type: ignore[misc]
+
+    def load_bytearray8(self) -> None:
+        """Takes memory first and reads then; there are no such arrays in an index."""
+        raise pickle.UnpicklingError("a bytearray")
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+    dispatch[pickle.LONG_BINPUT[0]] = load_long_binput
+    dispatch[pickle.PUT[0]] = load_put
+    dispatch[pickle.BUILD[0]] = load_build
+
     def find_class(self, module: str, name: str) -> Any:
         if name in _METADATA_NAMES.get(module, ()):
             return super().find_class(module, name)
@@ -64,8 +108,7 @@ def load_metadata(path: Path) -> Any:
         UsageError: it cannot be read, is damaged, or names what a checkpoint of tensors does not need.
     """
     try:
-        with open(path, "rb") as file:
-            metadata = _MetadataUnpickler(file).load()
+        metadata = _MetadataUnpickler(read_small(path, most=_LARGEST_METADATA)).load()
         # Both are dictionaries in any whole file.
         len(metadata.state_dict_metadata), len(metadata.storage_data)
     except OSError as error:
@@ -99,10 +142,12 @@ def load_values(path: Path, *, allowed: Iterable[Any] = (), mmap: bool = False) 
     allowed = list(allowed)
     try:
         with torch.serialization.safe_globals(allowed):
-            with contextlib.suppress(ValueError):  # of files that are no zip archive: they fail below
-                foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-                if foreign:
-                    raise refusal(path, foreign)
+            check_file(path)
+            with path.open("rb") as file:
+                check_archive(file)
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+            if foreign:
+                raise refusal(path, foreign)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except UsageError:
         raise
@@ -114,6 +159,26 @@ def load_values(path: Path, *, allowed: Iterable[Any] = (), mmap: bool = False) 
             raise refusal(path, names) from error
         reason = (str(error).splitlines() or [""])[0][:120]
         raise UsageError(f"{path} is damaged ({type(error).__name__}: {reason}); take another copy") from error
+
+
+def check_archive(file: IO[bytes]) -> None:
+    """See that a file of ``torch.save`` unpacks to no more than it is; the file is at its beginning afterwards.
+
+    Raises:
+        ValueError: it is no zip archive, or is packed, which torch never does: a kilobyte may stand for a gigabyte.
+    """
+    size = file.seek(0, io.SEEK_END)
+    try:
+        entries = zipfile.ZipFile(file).infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ArithmeticError, LookupError) as error:
+        raise ValueError(
+            f"no archive of torch.save ({error}); torch 1.5 and older wrote none: save it again"
+        ) from error
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        raise ValueError("an archive that is packed, which torch.save does not do")
+    if sum(entry.file_size for entry in entries) > size:
+        raise ValueError("an archive with more in it than its size")
+    file.seek(0)
 
 
 def _names_in(error: Exception) -> list[str]:

@@ -29,7 +29,7 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -
     """Return a complete, checked copy; see :meth:`megatron_hyperp.config.Config.resolve`."""
     config = copy.deepcopy(config)
     try:
-        _check_ranges(config)
+        check_ranges(config)
         _resolve_architecture(config.model, tokenizer_vocab_size)
         _resolve_experts(config.model, config.moe)
         _check_parallelism(config, world_size)
@@ -39,13 +39,26 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -
         _check_newton_schulz(config)
         _check_radius(config)
         precision.check(config)
+        # What was derived is what was given too.
+        check_ranges(config)
     except UsageError as error:
         error.same_on_all_ranks = True
         raise
+    except ArithmeticError as error:
+        raise UsageError(
+            f"the sizes, tokens and learning rates given make numbers that no computer holds ({error}); look for one"
+            " that is off by powers of ten",
+            same_on_all_ranks=True,
+        ) from error
     return config
 
 
-def _check_ranges(config: Config) -> None:
+def check_ranges(config: Config) -> None:
+    """See that every number of a config is finite and in its range.
+
+    Raises:
+        UsageError: one is not.
+    """
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
         for item in dataclasses.fields(values):
@@ -54,7 +67,7 @@ def _check_ranges(config: Config) -> None:
                 continue
             flag = flag_name(item.name)
             allowed = item.metadata["allowed"]
-            if not math.isfinite(value):
+            if not -math.inf < value < math.inf:
                 raise UsageError(f"{flag} is {value}; it must be a finite number {allowed}")
             if not RANGES[allowed](value):
                 raise UsageError(f"{flag} is {value:g}; it must be {allowed}")
@@ -355,6 +368,8 @@ def _resolve_scaling(config: Config) -> None:
 
 def _resolve_schedule(config: Config) -> None:
     optimizer, iterations, peak = config.optimizer, config.training.train_iters, config.learning_rate().value
+    if not 0 < peak < math.inf:
+        raise UsageError(f"the learning rate follows to be {peak:g}; give --lr, or look at what it follows from")
     if optimizer.min_lr is None:
         optimizer.min_lr = 0.1 * peak
     if optimizer.min_lr > peak:

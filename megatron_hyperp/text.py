@@ -26,5 +26,7 @@ def multiples(number: int, divisor: int) -> str:
 
 
 def divisors(number: int) -> str:
-    """All divisors of a number."""
-    return ", ".join(str(divisor) for divisor in range(1, number + 1) if number % divisor == 0)
+    """All divisors of a number; of a huge one, which nobody means, those up to a million."""
+    most = 10**6
+    found = [str(divisor) for divisor in range(1, min(number, most) + 1) if number % divisor == 0]
+    return ", ".join([*found, "..."] if number > most else found)

@@ -19,7 +19,7 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -gt 1 ] || { echo "error: no recipe; give options of sbatch, then --, then a recipe and its flags" >&2; exit 2; }
 shift
-export CHAIN=${CHAIN:-chain-$(basename "$1" .yaml)-$(date +%s)}
+export CHAIN=${CHAIN:-chain-$(basename -- "$1" .yaml)-$(date +%s)}
 for ((job = 1; job <= jobs; job++)); do
   sbatch --job-name="$CHAIN" --dependency=singleton --no-requeue "${options[@]}" examples/slurm/pretrain.sbatch "$@"
 done

@@ -14,6 +14,11 @@ refuse() {
   exit 2
 }
 
+# whole NAME: refuse a setting that is no number. Bash runs what stands in $(...) where it reckons with a variable.
+whole() {
+  [[ ${!1} =~ ^[0-9]{1,9}$ ]] || refuse "$1 is '${!1}'; set it to a whole number"
+}
+
 # show WORDS: print a command as one would type it.
 show() { printf '%q ' "$@" && echo; }
 
@@ -29,6 +34,8 @@ if [ -z "${NPROC_PER_NODE-}" ]; then
   NPROC_PER_NODE=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
   [ "$NPROC_PER_NODE" -gt 0 ] || refuse "nvidia-smi finds no GPU here; set NPROC_PER_NODE to the number of processes"
 fi
+whole NPROC_PER_NODE
+[ -z "${NNODES-}" ] || whole NNODES
 
 # How often torchrun starts all ranks again, from the last checkpoint, after one has failed.
 MAX_RESTARTS=${MAX_RESTARTS:-3}
@@ -73,7 +80,7 @@ shift
 flags=("$@")
 
 # Metrics, events, the layout and the checkpoints of the run. A shared file system, if there are several nodes.
-RUN_DIR=${RUN_DIR:-runs/$(basename "$recipe" .yaml)}
+RUN_DIR=${RUN_DIR:-runs/$(basename -- "$recipe" .yaml)}
 
 # The layout: a config file with the sizes of parallelism; none (the recipe and the flags say it all); or auto, what
 # tools/plan_run.py finds best for GPUs of the kind GPU, once for a run.
@@ -90,11 +97,11 @@ choose_layout() {
     *) file=$LAYOUT ;;
   esac
   if [ "$LAYOUT" = auto ] && [ ! -f "$file" ]; then
-    mkdir -p "$RUN_DIR"
+    mkdir -p -- "$RUN_DIR"
     # Every node that starts may come by here, and finds the same.
     local draft=$file.$HOSTNAME.$$
     "$PYTHON" tools/plan_run.py --config "$recipe" "${flags[@]}" --gpus "$1" --gpu "$GPU" --yaml "$draft" || exit
-    mv "$draft" "$file"
+    mv -- "$draft" "$file"
   fi
   [ -f "$file" ] || refuse "there is no layout $file; set LAYOUT to a config file, to none or to auto"
   configs+=("$file")

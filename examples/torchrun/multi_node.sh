@@ -19,7 +19,7 @@ set -euo pipefail
 
 # A free port there, and a name that no other job there has.
 PORT=${PORT:-29500}
-JOB_ID=${JOB_ID:-$(basename "$RUN_DIR")}
+JOB_ID=${JOB_ID:-$(basename -- "$RUN_DIR")}
 
 # Seconds that nodes wait for each other when they meet, at the start and after a failure.
 JOIN_TIMEOUT=${JOIN_TIMEOUT:-900}

@@ -18,7 +18,7 @@ from megatron_hyperp import arguments
 from megatron_hyperp.config import Config, ParallelConfig
 from megatron_hyperp.convert.folding import unfold_
 from megatron_hyperp.convert.mapping import NameMap, Part, Rules
-from megatron_hyperp.convert.source import Extras, Source, check_shape
+from megatron_hyperp.convert.source import Extras, Source, check_config, check_dtype, check_shape
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.pickles import load_values
 
@@ -84,8 +84,10 @@ class ArchScaleSource(Source):
         hparams = content.get("hparams") if isinstance(content.get("hparams"), dict) else {}
         self._gainless = hparams.get("norm_class") == _GAINLESS
         self.config = _resolved(config, self._tensors)
+        check_config(self.config, config)
+        steps = content.get("step_count")
         self.extras = Extras(
-            progress={"iteration": int(content.get("step_count") or 0)}, tokenizer=self.config.data.tokenizer_model
+            progress={"iteration": steps if type(steps) is int else 0}, tokenizer=self.config.data.tokenizer_model
         )
         self._sonic = any(name.endswith("mlp.mods_in.weight") for name in self._tensors)
         self._fused = any(name.endswith("attn.attn.weight") for name in self._tensors)
@@ -105,6 +107,7 @@ class ArchScaleSource(Source):
                     raise UsageError(f"{self.path} lacks {piece}, which the model of --config has; give another config")
                 if piece in self._tensors:
                     check_shape(str(self.path), piece, tuple(self._tensors[piece].shape), shape)
+                    check_dtype(str(self.path), piece, self._tensors[piece].dtype)
         unknown = sorted(set(self._tensors) - known)
         if unknown:
             raise UsageError(f"{self.path} has {unknown[0]}, which a model of --config has not; it cannot be imported")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import typing
 from typing import Any
 
-from megatron_hyperp.config import Config
+from megatron_hyperp.arguments import convert, shown
+from megatron_hyperp.config import Config, MoEConfig
 from megatron_hyperp.errors import UsageError
 
 QWEN3, LLAMA, OURS = "Qwen3ForCausalLM", "LlamaForCausalLM", "HyperPForCausalLM"
@@ -21,6 +23,16 @@ _ONLY = {
     "attention_dropout": 0.0,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
+}
+
+
+# Sizes that every config.json has.
+_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
 }
 
 
@@ -94,29 +106,43 @@ def from_json(content: dict[str, Any], where: str) -> Config:
         UsageError: an architecture or a setting that ours cannot express; it is named.
     """
     names = content.get("architectures") or ["none"]
-    if names[0] not in MODEL_TYPES:
-        raise UsageError(f"{where} is of the architecture {names[0]}; those that are read: {', '.join(MODEL_TYPES)}")
+    name = names[0] if isinstance(names, list) else names
+    if not isinstance(name, str) or name not in MODEL_TYPES:
+        raise UsageError(f"{where} is of the architecture {shown(name)}; those that are read: {', '.join(MODEL_TYPES)}")
     _check(content, where)
     config = Config()
     model = config.model
-    try:
-        model.vocab_size, model.hidden_size = content["vocab_size"], content["hidden_size"]
-        model.num_layers, model.ffn_hidden_size = content["num_hidden_layers"], content["intermediate_size"]
-        model.num_attention_heads = content["num_attention_heads"]
-        model.num_query_groups = content.get("num_key_value_heads") or model.num_attention_heads
-        head = _QWEN3_HEAD if names[0] == QWEN3 else model.hidden_size // model.num_attention_heads
-        model.kv_channels = content.get("head_dim") or head
-        model.norm_epsilon = float(content["rms_norm_eps"])
-        model.rotary_base = _rotary_base(content, where)
-    except KeyError as error:
-        raise UsageError(f"{where} lacks {error.args[0]}; take another copy") from error
-    model.seq_length = min(model.seq_length, content.get("max_position_embeddings", model.seq_length))
-    model.untie_embeddings_and_output_weights = not content.get("tie_word_embeddings", False)
-    model.qk_layernorm = names[0] == QWEN3
+    for field, key in _SIZES.items():
+        setattr(model, field, _read(content, key, int, where))
+    model.num_query_groups = _read(content, "num_key_value_heads", int, where, model.num_attention_heads)
+    head = _QWEN3_HEAD if name == QWEN3 else model.hidden_size // model.num_attention_heads
+    model.kv_channels = _read(content, "head_dim", int, where, head)
+    model.norm_epsilon = _read(content, "rms_norm_eps", float, where)
+    model.rotary_base = _rotary_base(content, where)
+    model.seq_length = min(model.seq_length, _read(content, "max_position_embeddings", int, where, model.seq_length))
+    model.untie_embeddings_and_output_weights = not _read(content, "tie_word_embeddings", bool, where, False)
+    model.qk_layernorm = name == QWEN3
     model.softmax_scale, model.residual_multiplier, model.logits_multiplier = model.kv_channels**-0.5, 1.0, 1.0
-    if names[0] == OURS:
-        _read_own_fields(config, content)
+    if name == OURS:
+        _read_own_fields(config, content, where)
     return config
+
+
+def _read(content: dict[str, Any], key: str, kind: Any, where: str, otherwise: Any = None) -> Any:
+    """Return a value of the type that it must have, numbers above 0; ``otherwise`` if it is not there.
+
+    Raises:
+        UsageError: it is not there and must be, or is something else.
+    """
+    value = content.get(key)
+    if value is None and otherwise is not None:
+        return otherwise
+    if value is None:
+        raise UsageError(f"{where} lacks {key}; take another copy")
+    found = convert(value, kind, f"{where}: {key}")
+    if kind in (int, float) and not found > 0:
+        raise UsageError(f"{where} has {key} {found}; it must be above 0: take another copy")
+    return found
 
 
 def _check(content: dict[str, Any], where: str) -> None:
@@ -124,26 +150,33 @@ def _check(content: dict[str, Any], where: str) -> None:
     for name, only in _ONLY.items():
         value = content.get(name, only)
         if value != only and value is not None:
-            raise UsageError(f"{where} has {name} {value}; a model here has {only}, so that it cannot be imported")
+            raise UsageError(
+                f"{where} has {name} {shown(value)}; a model here has {only}, so that it cannot be imported"
+            )
 
 
 def _rotary_base(content: dict[str, Any], where: str) -> int:
     """The base of plain rotary embeddings; older files keep it at the top."""
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UsageError(f"{where} has rotary embeddings {shown(rope)}; they must map names to values")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
-        raise UsageError(f"{where} has rotary embeddings of the type {kind}; a model here has default ones alone")
-    base = rope.get("rope_theta", content.get("rope_theta", 10000.0))
-    if base != int(base):
-        raise UsageError(f"{where} has rope_theta {base}; it must be a whole number here")
-    return int(base)
+        raise UsageError(
+            f"{where} has rotary embeddings of the type {shown(kind)}; a model here has default ones alone"
+        )
+    base: int = _read({**content, **rope}, "rope_theta", int, where, 10000)
+    return base
 
 
-def _read_own_fields(config: Config, content: dict[str, Any]) -> None:
+def _read_own_fields(config: Config, content: dict[str, Any], where: str) -> None:
     model, moe = config.model, config.moe
-    for name in ("qk_layernorm", "softmax_scale", "residual_multiplier", "logits_multiplier"):
-        setattr(model, name, content[name])
-    moe.num_experts, moe.moe_router_topk = content["num_experts"], content["num_experts_per_tok"]
-    moe.moe_ffn_hidden_size = content["moe_intermediate_size"]
-    moe.moe_shared_expert_intermediate_size = content["shared_expert_intermediate_size"]
-    moe.moe_gate = content["gate"]
+    model.qk_layernorm = _read(content, "qk_layernorm", bool, where)
+    for name in ("softmax_scale", "residual_multiplier", "logits_multiplier"):
+        setattr(model, name, _read(content, name, float, where))
+    moe.num_experts = _read(content, "num_experts", int, where)
+    moe.moe_router_topk = _read(content, "num_experts_per_tok", int, where)
+    moe.moe_ffn_hidden_size = _read(content, "moe_intermediate_size", int, where)
+    shared = content.get("shared_expert_intermediate_size")
+    moe.moe_shared_expert_intermediate_size = convert(shared or 0, int, f"{where}: shared_expert_intermediate_size")
+    moe.moe_gate = convert(content.get("gate"), typing.get_type_hints(MoEConfig)["moe_gate"], f"{where}: gate")

@@ -21,8 +21,8 @@ from megatron_hyperp.convert import hf_config, hf_tokenizer
 from megatron_hyperp.convert.folding import fold_, unfold_
 from megatron_hyperp.convert.hf_config import CODE_FILE, OURS
 from megatron_hyperp.convert.mapping import NameMap, Part, Piece, Rules, multipliers
-from megatron_hyperp.convert.source import Extras, Source, check_shape
-from megatron_hyperp.convert.state import CONFIG, UNDO, read_json, read_state, write_state
+from megatron_hyperp.convert.source import Extras, Source, check_config, check_dtype, check_shape
+from megatron_hyperp.convert.state import CONFIG, UNDO, check_undo, read_mapping, read_state, write_state
 from megatron_hyperp.convert.tensor_files import Spec, TensorReader, TensorWriter
 from megatron_hyperp.errors import UsageError
 
@@ -80,7 +80,7 @@ class HuggingFaceSource(Source):
 
     def __init__(self, path: str | Path) -> None:
         self.folder = Path(path)
-        content = read_json(self.folder / "config.json")
+        content = read_mapping(self.folder / "config.json")
         foreign = hf_config.from_json(content, str(self.folder / "config.json"))
         ours = (self.folder / CONFIG).is_file()
         self.config = arguments.load_yaml(self.folder / CONFIG) if ours else foreign
@@ -92,6 +92,7 @@ class HuggingFaceSource(Source):
         self.extras = Extras(state.get("progress", {}), state.get("radii"), found, foreign=not ours)
         self._files = TensorReader(self.folder)
         self._undo = TensorReader(self.folder, UNDO) if (self.folder / f"{UNDO}.safetensors").is_file() else None
+        check_config(self.config, str(self.folder))
         self._map = name_map(self.config)
         self._check()
 
@@ -99,7 +100,10 @@ class HuggingFaceSource(Source):
         known = set()
         for name in self.parameters:
             for piece in self._pieces(name):
-                check_shape(str(self.folder), piece.name, self._files.spec(piece.name).shape, piece.shape)
+                spec = self._files.spec(piece.name)
+                check_shape(str(self.folder), piece.name, spec.shape, piece.shape)
+                check_dtype(str(self.folder), piece.name, spec.dtype)
+                check_undo(self._undo, piece.name, piece.shape)
                 known.add(piece.name)
         # Tied, some files hold the output layer too.
         if not self.config.model.untie_embeddings_and_output_weights:
@@ -200,11 +204,19 @@ def load_transformers(folder: Path, dtype: torch.dtype) -> Any:
     except ImportError as error:
         raise UsageError("transformers is not installed; pip install megatron-hyperp[convert]") from error
 
-    name = read_json(folder / "config.json")["architectures"][0]
+    name = read_mapping(folder / "config.json")["architectures"][0]
     kind: Any
     if name == hf_config.OURS:
         from megatron_hyperp.convert.modeling_hyperp import HyperPForCausalLM as kind
     else:
         kind = getattr(transformers, name)
     transformers.utils.logging.disable_progress_bar()
-    return kind.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    # A config may name kernels of a hub to run, and a folder may hold pickled weights: neither is asked for.
+    return kind.from_pretrained(
+        folder,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+    ).eval()

@@ -9,7 +9,16 @@ from typing import Any
 import torch
 
 from megatron_hyperp import __version__, arguments, checksums
-from megatron_hyperp.convert.source import Extras, Source, check_shape, slab_of, split_sizes
+from megatron_hyperp.convert.source import (
+    Extras,
+    Source,
+    check_config,
+    check_dtype,
+    check_extras,
+    check_shape,
+    slab_of,
+    split_sizes,
+)
 from megatron_hyperp.convert.storage import OPTIMIZER_STATE, CheckpointReader
 from megatron_hyperp.convert.writing import Item, Layout, write_checkpoint
 from megatron_hyperp.errors import UsageError
@@ -35,14 +44,17 @@ class HyperPSource(Source):
         self.reader = CheckpointReader(folder)
         self.config = arguments.load_yaml(folder / CONFIG_FILE)
         common = self.reader.common
+        check_config(self.config, str(folder))
+        check_extras(common.get("progress"), common.get(RADII), str(folder))
         self.extras = Extras(
-            progress=common.get("progress", {}),
+            progress=common.get("progress") or {},
             radii=common.get(RADII),
             tokenizer=self.config.data.tokenizer_model,
         )
         for name, shape in self.parameters.items():
             slab = slab_of(name)
             check_shape(str(folder), name, self.reader.shape(slab), shape.shape)
+            check_dtype(str(folder), name, self.reader.dtype(slab))
             layers = self.reader.tensors[slab.key].shape[: len(slab.at)]
             if any(index >= count for index, count in zip(slab.at, layers, strict=True)):
                 raise UsageError(f"{folder} lacks {name}, which its config makes; it is not whole")

@@ -16,17 +16,18 @@ from typing import Any
 import torch
 
 from megatron_hyperp import arguments
+from megatron_hyperp.arguments import shown
 from megatron_hyperp.config import Config
 from megatron_hyperp.convert.folding import fold_, unfold_
 from megatron_hyperp.convert.mapping import NameMap, Part, Rules, multipliers
-from megatron_hyperp.convert.source import Extras, Source, check_shape, slab_of
-from megatron_hyperp.convert.state import CONFIG, UNDO, read_state, write_state
+from megatron_hyperp.convert.source import Extras, Source, check_config, check_dtype, check_shape, slab_of
+from megatron_hyperp.convert.state import CONFIG, UNDO, check_undo, read_state, write_state
 from megatron_hyperp.convert.storage import CheckpointReader, Slab
 from megatron_hyperp.convert.tensor_files import Spec, TensorReader, TensorWriter
 from megatron_hyperp.convert.writing import Item, Layout, write_checkpoint
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.pickles import megatron_classes
-from megatron_hyperp.training.checkpointing import TRACKER, checkpoint_folder
+from megatron_hyperp.training.checkpointing import TRACKER, checkpoint_folder, iteration_in, read_tracker
 
 # Megatron-LM's name for a checkpoint of weights alone: it begins at iteration 0, and asks for no random states.
 RELEASE = "release"
@@ -135,8 +136,10 @@ class MegatronSource(Source):
             )
         state = read_state(folder)
         self.config = arguments.load_yaml(folder / CONFIG) if state else from_arguments(vars(given), str(folder))
+        check_config(self.config, str(folder))
+        iteration = common.get("iteration", 0)
         self.extras = Extras(
-            progress=state.get("progress") or {"iteration": int(common.get("iteration", 0))},
+            progress=state.get("progress") or {"iteration": iteration if type(iteration) is int else 0},
             radii=state.get("radii"),
             tokenizer=self.config.data.tokenizer_model,
             foreign=not state,
@@ -145,6 +148,9 @@ class MegatronSource(Source):
         self._folding = _Folding(self.config)
         for name, shape in self.parameters.items():
             check_shape(str(folder), name, self.reader.shape(self._slab(name)), shape.shape)
+            check_dtype(str(folder), name, self.dtype(name))
+            for piece, part, _ in self._folding.parts(name, shape.shape):
+                check_undo(self._undo, piece, part)
 
     def _slab(self, name: str) -> Slab:
         slabs = megatron_slabs(name, self.config)
@@ -176,8 +182,9 @@ def _find(path: Path) -> Path:
     tracker = path / TRACKER
     if not tracker.is_file():
         return path
-    word = tracker.read_text(errors="replace").strip()
-    folder = path / RELEASE if word == RELEASE else checkpoint_folder(path, int(word)) if word.isdecimal() else None
+    word = read_tracker(tracker)
+    iteration = iteration_in(word)
+    folder = path / RELEASE if word == RELEASE else None if iteration is None else checkpoint_folder(path, iteration)
     if folder is None or not folder.is_dir():
         raise UsageError(f"{tracker} names {word[:20]!r}, which is not there; name the folder of one iteration")
     return folder
@@ -191,17 +198,22 @@ def from_arguments(given: Mapping[str, Any], where: str) -> Config:
     """
     for name, only in _ONLY.items():
         if given.get(name, only) not in (only, None):
-            raise UsageError(f"{where} has {name} {given[name]}; a model here has {only}: it cannot be imported")
+            raise UsageError(f"{where} has {name} {shown(given[name])}; a model here has {only}: it cannot be imported")
     config = Config()
-    model, moe = config.model, config.moe
     try:
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
-            setattr(model, name, int(given[name]))
-        grouped = given.get("group_query_attention", False)
-        model.num_query_groups = int(given["num_query_groups"]) if grouped else model.num_attention_heads
-        model.vocab_size = int(given["padded_vocab_size"])
-    except (KeyError, TypeError) as error:
+        _fill(config, given)
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise UsageError(f"{where} lacks an argument that a model needs ({error}); take another copy") from error
+    return config
+
+
+def _fill(config: Config, given: Mapping[str, Any]) -> None:
+    model, moe = config.model, config.moe
+    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
+        setattr(model, name, int(given[name]))
+    grouped = given.get("group_query_attention", False)
+    model.num_query_groups = int(given["num_query_groups"]) if grouped else model.num_attention_heads
+    model.vocab_size = int(given["padded_vocab_size"])
     model.kv_channels = int(given.get("kv_channels") or model.hidden_size // model.num_attention_heads)
     model.seq_length = int(given.get("seq_length") or model.seq_length)
     model.norm_epsilon = float(given.get("norm_epsilon") or 1e-5)
@@ -215,7 +227,6 @@ def from_arguments(given: Mapping[str, Any], where: str) -> Config:
         moe.moe_router_topk = int(given.get("moe_router_topk") or 2)
         moe.moe_ffn_hidden_size = int(given.get("moe_ffn_hidden_size") or model.ffn_hidden_size)
         moe.moe_shared_expert_intermediate_size = int(given.get("moe_shared_expert_intermediate_size") or 0)
-    return config
 
 
 def to_arguments(config: Config, layout: Layout, dtype: torch.dtype) -> argparse.Namespace:

@@ -10,16 +10,19 @@ from functools import cached_property
 
 import torch
 
+from megatron_hyperp.arguments import DERIVED_SIZES
 from megatron_hyperp.config import Config
 from megatron_hyperp.convert.storage import Slab
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.planning.inventory import Shape, shapes
+from megatron_hyperp.resolve import check_ranges
 
 # Norms are stored under the names that TransformerEngine's layers, fused with the product behind them, give them.
 _STORED_NAMES = {
     "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
     "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
 }
+_MOST_MATRICES = 10**6
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -79,6 +82,59 @@ class Source(ABC):
         """Bytes of all parameters."""
         return sum(
             torch.Size(shape.shape).numel() * self.dtype(name).itemsize for name, shape in self.parameters.items()
+        )
+
+
+def check_config(config: Config, where: str) -> None:
+    """See that a config which came with weights is that of a model: its sizes whole, and of a sane number.
+
+    Raises:
+        UsageError: one is missing, out of range, or does not divide another.
+    """
+    model, moe = config.model, config.moe
+    try:
+        check_ranges(config)
+    except UsageError as error:
+        raise UsageError(f"{where} has a config that is damaged ({error}); take another copy") from error
+    names = [*DERIVED_SIZES, "vocab_size"]
+    lacking = [name for name in names if not getattr(model, name)]
+    lacking += [
+        name for name in ("softmax_scale", "residual_multiplier", "logits_multiplier") if not getattr(model, name)
+    ]
+    if moe.num_experts:
+        lacking += [name for name in ("moe_router_topk", "moe_ffn_hidden_size") if not getattr(moe, name)]
+    if lacking:
+        raise UsageError(f"{where} has a config without {', '.join(lacking)}; take another copy")
+    if model.num_attention_heads % model.num_query_groups or moe.moe_router_topk > moe.num_experts:
+        raise UsageError(f"{where} has a config whose heads or experts do not go together; take another copy")
+    if model.num_layers * max(1, moe.num_experts) > _MOST_MATRICES:
+        raise UsageError(
+            f"{where} has a config of {model.num_layers:,} layers with {moe.num_experts:,} experts each; at most"
+            f" {_MOST_MATRICES:,} experts are read"
+        )
+
+
+def check_extras(progress: object, radii: object, where: str) -> None:
+    """See that what came with weights is of the types of :class:`Extras`.
+
+    Raises:
+        UsageError: it is not.
+    """
+    counts = progress is None or (isinstance(progress, dict) and all(type(value) is int for value in progress.values()))
+    lengths = radii is None or (isinstance(radii, dict) and all(type(value) is float for value in radii.values()))
+    if not (counts and lengths):
+        raise UsageError(f"{where} has a progress or radii that are damaged; take another copy")
+
+
+def check_dtype(where: str, name: str, found: torch.dtype) -> None:
+    """Refuse a weight of other numbers than :data:`DTYPES`.
+
+    Raises:
+        UsageError: it is one.
+    """
+    if found not in DTYPES.values():
+        raise UsageError(
+            f"{where} has {name} in {str(found).removeprefix('torch.')}; weights are read in {', '.join(DTYPES)}"
         )
 
 

@@ -7,7 +7,7 @@ d_in], an expert's weight [layers, experts, d_out, d_in]. A *slab* is what one l
 from __future__ import annotations
 
 import io
-import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
+from megatron_hyperp.arguments import shown
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.pickles import load_metadata, load_values
+from megatron_hyperp.files import holds, read_json
+from megatron_hyperp.pickles import check_archive, load_metadata, load_values
 
 LAYERS, EXPERTS = "decoder.layers.", ".experts.experts."
 OPTIMIZER_STATE = "optimizer.state."
@@ -89,6 +91,10 @@ class Stored:
     chunks: tuple[Chunk, ...]
 
 
+# Along a dimension of a tensor without elements.
+_LARGEST_EMPTY = 10**6
+
+
 class _Window(io.RawIOBase):
     """A range of a file as a file: ``torch.load`` reads from it straight into the tensor's memory."""
 
@@ -140,13 +146,15 @@ class CheckpointReader:
         self.objects: dict[str, Chunk] = {}
         try:
             self._read_index(metadata)
-        except (KeyError, AttributeError, TypeError) as error:
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            if isinstance(error, UsageError):
+                raise
             raise self._damaged(f"its {METADATA_FILE} is not whole ({type(error).__name__}: {error})") from error
 
     def _check_format(self) -> None:
         path = self.folder / FORMAT_FILE
         try:
-            backend = json.loads(path.read_bytes()).get("sharded_backend")
+            backend = read_json(path).get("sharded_backend")
         except OSError as error:
             raise UsageError(
                 f"{self.folder} is no torch_dist checkpoint: {FORMAT_FILE} cannot be read ({error.strerror});"
@@ -156,8 +164,8 @@ class CheckpointReader:
             raise self._damaged(f"its {FORMAT_FILE} is not JSON") from error
         if backend != FORMAT["sharded_backend"]:
             raise UsageError(
-                f"{self.folder} is in the format {backend!r}; only {FORMAT['sharded_backend']!r} is read: save it again"
-                " with --ckpt-format torch_dist"
+                f"{self.folder} is in the format {shown(backend)}; only {FORMAT['sharded_backend']!r} is read: save it"
+                " again with --ckpt-format torch_dist"
             )
 
     def _read_index(self, metadata: Any) -> None:
@@ -165,21 +173,39 @@ class CheckpointReader:
             (index.fqn, tuple(index.offset or ())): (info.relative_path, info.offset, info.length)
             for index, info in metadata.storage_data.items()
         }
+        sizes = {}
         for file in sorted({place[0] for place in places.values()}):
             # A name from a file of others must not lead out of the folder.
             if Path(file).name != file:
                 raise self._damaged(f"its {METADATA_FILE} names the file {file}, outside of it")
-            if not (self.folder / file).is_file():
+            if not holds(self.folder, file):
                 raise self._damaged(f"{file} is missing")
+            sizes[file] = (self.folder / file).stat().st_size
         for key, entry in metadata.state_dict_metadata.items():
             if not hasattr(entry, "chunks"):
                 self.objects[key] = Chunk((), (), *places[key, ()])
                 continue
             chunks = tuple(
-                Chunk(tuple(chunk.offsets), tuple(chunk.sizes), *places[key, tuple(chunk.offsets)])
+                Chunk(_counts(chunk.offsets), _counts(chunk.sizes), *places[key, tuple(chunk.offsets)])
                 for chunk in entry.chunks
             )
-            self.tensors[key] = Stored(tuple(entry.size), entry.properties.dtype, chunks)
+            self.tensors[key] = Stored(_counts(entry.size), entry.properties.dtype, chunks)
+            self._check(key, self.tensors[key], sizes)
+
+    def _check(self, key: str, stored: Stored, sizes: dict[str, int]) -> None:
+        """See that files are as large as what is said to be in them, before memory is taken for it."""
+        if not isinstance(key, str) or not isinstance(stored.dtype, torch.dtype):
+            raise TypeError(f"{shown(key)} is no tensor")
+        room = 0
+        for chunk in stored.chunks:
+            start, length = _counts((chunk.start, chunk.length))
+            if len(chunk.offsets) != len(stored.shape) or len(chunk.sizes) != len(stored.shape):
+                raise ValueError(f"a chunk of {key} has other dimensions")
+            if start + length > sizes[chunk.file] or math.prod(chunk.sizes) * stored.dtype.itemsize > length:
+                raise self._damaged(f"{chunk.file} is too short for {key}")
+            room += math.prod(chunk.sizes)
+        if math.prod(stored.shape) > room or (0 in stored.shape and max(stored.shape) > _LARGEST_EMPTY):
+            raise self._damaged(f"the chunks of {key} do not cover it")
 
     def _damaged(self, reason: str) -> UsageError:
         return UsageError(f"the checkpoint {self.folder} is damaged: {reason}; take another copy, or an older one")
@@ -258,6 +284,7 @@ class CheckpointReader:
         try:
             with open(self.folder / chunk.file, "rb") as file:
                 window = io.BufferedReader(_Window(file, chunk.start, chunk.length))
+                check_archive(window)
                 return torch.load(window, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file fails in any way
             reason = (str(error).splitlines() or [""])[0][:120]
@@ -274,6 +301,14 @@ def _places(counts: tuple[int, ...]) -> list[tuple[int, ...]]:
     for count in counts:
         places = [(*place, index) for place in places for index in range(count)]
     return places
+
+
+def _counts(numbers: Any) -> tuple[int, ...]:
+    """Whole numbers from 0 on, as offsets and sizes are. Raises: ValueError."""
+    counts = tuple(numbers)
+    if any(type(number) is not int or number < 0 for number in counts):
+        raise ValueError(f"{shown(counts)} are no sizes")
+    return counts
 
 
 def _end(chunk: Chunk) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ https://huggingface.co/docs/safetensors
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.files import holds, read_json
 
 INDEX = "model.safetensors.index.json"
 _NAMES = {
@@ -48,7 +50,8 @@ class Spec:
     @property
     def nbytes(self) -> int:
         """Its bytes."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        # In Python's integers: torch's wrap around.
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class TensorWriter:
@@ -157,10 +160,14 @@ class TensorReader:
         index, single = self.folder / f"{stem}.safetensors.index.json", self.folder / f"{stem}.safetensors"
         if index.is_file():
             try:
-                names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                names = sorted(set(map(str, read_json(index)["weight_map"].values())))
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
                 raise UsageError(f"{index} is damaged ({type(error).__name__}); take another copy") from error
-            missing = [name for name in names if not (self.folder / name).is_file() or Path(name).name != name]
+            # A name from a file of others must not lead out of the folder.
+            outside = [name for name in names if Path(name).name != name]
+            if outside:
+                raise UsageError(f"{index} names {outside[0]!r}, outside of its folder; take another copy")
+            missing = [name for name in names if not holds(self.folder, name)]
             if missing:
                 raise UsageError(
                     f"{self.folder} lacks {', '.join(missing)}, which its index names; download them again"
@@ -194,6 +201,8 @@ class TensorReader:
         """Read a tensor, contiguous and free to be changed. Raises: as :meth:`spec`."""
         spec = self.spec(name)
         place = self._places[name]
+        if not spec.nbytes:
+            return torch.empty(spec.shape, dtype=spec.dtype)
         numbers = np.fromfile(place.path, dtype=np.uint8, count=spec.nbytes, offset=place.start)
         return torch.from_numpy(numbers).view(spec.dtype).view(spec.shape)
 
@@ -207,21 +216,34 @@ def _read_header(path: Path) -> dict[str, _Place]:
     try:
         with open(path, "rb") as file:
             (length,) = _LENGTH.unpack(file.read(_LENGTH.size))
-            if length > _LARGEST_HEADER:
-                raise ValueError("its header is too long")
-            header = json.loads(file.read(length))
             size = file.seek(0, 2)
+            if length > min(_LARGEST_HEADER, size):
+                raise ValueError("its header is too long")
+            file.seek(_LENGTH.size)
+            header = json.loads(file.read(length))
         header.pop("__metadata__", None)
         base = _LENGTH.size + length
-        places = {}
-        for name, entry in header.items():
-            start, end = entry["data_offsets"]
-            spec = Spec(name, tuple(map(int, entry["shape"])), _DTYPES[entry["dtype"]])
-            if end - start != spec.nbytes or start < 0:
-                raise ValueError(f"{name} has a wrong size")
-            if base + end > size:
-                raise ValueError(f"it ends {base + end - size:,} bytes too early")
-            places[name] = _Place(path, base + start, spec)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+        return {name: _place(path, base, size, name, entry) for name, entry in header.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise UsageError(f"{path} is no whole safetensors file ({error}); take another copy") from error
-    return places
+
+
+def _place(path: Path, base: int, size: int, name: str, entry: Any) -> _Place:
+    """Return where an entry of a header says that its tensor is, in a file of so many bytes.
+
+    Raises:
+        ValueError, KeyError, TypeError: it cannot be there.
+    """
+    start, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if any(type(number) is not int or number < 0 for number in (start, end, *shape)):
+        raise ValueError(f"{name} has a size or place that is no number")
+    spec = Spec(name, shape, _DTYPES[entry["dtype"]])
+    if end - start != spec.nbytes:
+        raise ValueError(f"{name} has a wrong size")
+    if base + end > size:
+        raise ValueError(f"it ends {base + end - size:,} bytes too early")
+    # Torch counts in 64 bits, also of a shape with a zero in it.
+    if math.prod(number or 1 for number in shape) >= 2**63:
+        raise ValueError(f"{name} has a shape that no tensor has")
+    return _Place(path, base + start, spec)

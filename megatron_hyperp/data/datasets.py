@@ -18,6 +18,7 @@ import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from numpy.lib import format as npy_format
 
 from megatron_hyperp import checksums
 from megatron_hyperp.data.batches import SampleDataset
@@ -300,9 +301,23 @@ def _drop_damaged(cache: Path) -> set[str]:
     except ValueError:
         sums = {}
     for path in cache.glob("*.npy"):
-        if path.name not in sums or checksums.fault(cache, path.name, sums[path.name]):
+        known = path.name in sums and checksums.fault(cache, path.name, sums[path.name]) is None
+        if not (known and _is_whole_array(path)):
             path.unlink()
     return {path.name for path in cache.glob("*.npy")}
+
+
+def _is_whole_array(path: Path) -> bool:
+    """Return whether a ``.npy`` file holds numbers, and has the size that its header tells of.
+
+    Megatron loads it with ``allow_pickle``: what is no array would be unpickled, and so run whatever it names.
+    """
+    try:
+        array = npy_format.open_memmap(path, mode="r")
+    except Exception:  # a damaged header is parsed as Python, and fails in any way
+        return False
+    whole = int(array.offset) + array.nbytes == path.stat().st_size
+    return whole and array.dtype.kind in "iu" and array.itemsize > 0
 
 
 def _cache_error(cache: Path, error: OSError) -> UsageError:

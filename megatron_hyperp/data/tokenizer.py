@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.files import write_atomically
+from megatron_hyperp.files import read_json, read_small, write_atomically
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MODEL_TYPES = ("bpe", "unigram")
@@ -125,7 +124,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def __init__(self, path: Path) -> None:
         import tokenizers
 
-        serialized = path.read_bytes()
+        serialized = read_small(path)
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(serialized)
         except Exception as error:  # the library raises nothing narrower
@@ -150,8 +149,15 @@ class HuggingFaceTokenizer(Tokenizer):
         )
 
     def encode(self, text: str) -> list[int]:
-        """Return the token ids of ``text``, without any special token added."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        """Return the token ids of ``text``, without any special token added.
+
+        Raises:
+            UsageError: the tokenizer cannot spell it.
+        """
+        try:
+            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        except Exception as error:  # the library raises nothing narrower
+            raise UsageError(f"the tokenizer cannot encode a text ({_one_line(error)}); give a whole one") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, special tokens included."""
@@ -221,7 +227,7 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
         )
     try:
         if path.suffix == ".model":
-            return SentencePieceTokenizer(path.read_bytes(), name)
+            return SentencePieceTokenizer(read_small(path), name)
         return HuggingFaceTokenizer(path)
     except OSError as error:
         raise UsageError(f"tokenizer {name} cannot be read: {error.strerror}; check the path") from error
@@ -294,7 +300,7 @@ def train_sentencepiece(
 def _read_eos_token(config: Path) -> str | None:
     """Return the ``eos_token`` of a ``tokenizer_config.json``: a string, or an object with its ``content``."""
     try:
-        fields = json.loads(config.read_bytes())
+        fields = read_json(config)
     except ValueError as error:
         raise UsageError(f"{config} is not JSON ({_one_line(error)}); mend or remove it") from error
     token = fields.get("eos_token") if isinstance(fields, dict) else None

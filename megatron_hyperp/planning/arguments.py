@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_hyperp.config import flag_name
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.hardware import GPUS
 from megatron_hyperp.planning.checkpoints import GB, Storage
-from megatron_hyperp.planning.layouts import Cluster
+
+if TYPE_CHECKING:
+    from megatron_hyperp.planning.layouts import Cluster
 
 # By destination; what is not given is not in the parser's result, so that it can be told from what is.
 DEFAULTS: dict[str, Any] = {
@@ -57,6 +59,9 @@ def cluster_of(given: Mapping[str, Any], gpus: int) -> Cluster:
     Raises:
         UsageError: a value out of range.
     """
+    # It imports torch: a command line that only reads flags does without.
+    from megatron_hyperp.planning.layouts import Cluster
+
     options = {name: given.get(name, default) for name, default in DEFAULTS.items()}
     if options["gpus_per_node"] < 1:
         raise UsageError(f"--gpus-per-node is {options['gpus_per_node']}; it must be 1 or more")

@@ -11,8 +11,6 @@ import math
 from dataclasses import dataclass
 
 from megatron_hyperp.config import Config
-from megatron_hyperp.optim.routing import MUON_RULES, routes_of
-from megatron_hyperp.planning.inventory import stage_parameters
 
 GB = 1e9
 
@@ -59,6 +57,10 @@ def checkpoint_bytes(config: Config) -> int:
     Args:
         config: resolved for one rank.
     """
+    # They import torch, which a command line does without until it trains.
+    from megatron_hyperp.optim.routing import MUON_RULES, routes_of
+    from megatron_hyperp.planning.inventory import stage_parameters
+
     weight, momentum = (2 if config.training.bf16 else 4), (2 if config.optimizer.momentum_dtype == "bf16" else 4)
     total = 0
     for entry in routes_of(config, stage_parameters(config, 0)):

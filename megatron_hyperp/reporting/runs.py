@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_hyperp import arguments, estimate
+from megatron_hyperp import arguments, estimate, yaml_files
 from megatron_hyperp.config import Config
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training.logging import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, kind_of, read_events, read_metrics
@@ -178,12 +176,12 @@ def _events(folder: Path, notes: list[str]) -> list[Row]:
 def _settings(folder: Path, notes: list[str]) -> dict[str, Any] | None:
     """The resolved config, flat."""
     try:
-        content = yaml.safe_load((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        content = yaml_files.read(folder / CONFIG_FILE)
     except OSError as error:
         notes.append(f"no {CONFIG_FILE} ({error.strerror}): size, FLOPs and settings are left out")
         return None
-    except (yaml.YAMLError, ValueError) as error:
-        notes.append(f"{CONFIG_FILE} is not YAML ({' '.join(str(error).split())}): size, FLOPs and settings left out")
+    except ValueError as error:
+        notes.append(f"{CONFIG_FILE} is not YAML ({error}): size, FLOPs and settings left out")
         return None
     if not isinstance(content, dict) or not all(isinstance(section, dict) for section in content.values()):
         notes.append(f"{CONFIG_FILE} has no sections of settings: size, FLOPs and settings are left out")

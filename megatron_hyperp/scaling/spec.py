@@ -27,9 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_hyperp import arguments
+from megatron_hyperp import arguments, yaml_files
 from megatron_hyperp.config import Config
 from megatron_hyperp.data.indexed import check_prefix
 from megatron_hyperp.data.tokenizer import load_tokenizer
@@ -105,11 +103,11 @@ class Spec:
     def read(cls, path: str | Path) -> Spec:
         """Read a file. Raises: as the class, and UsageError where it cannot be read."""
         try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = yaml_files.read(Path(path))
         except OSError as error:
             raise UsageError(f"sweep {path} cannot be read: {error.strerror}; check the path") from error
-        except (yaml.YAMLError, ValueError) as error:
-            raise UsageError(f"sweep {path} is not YAML: {' '.join(str(error).split())}") from error
+        except ValueError as error:
+            raise UsageError(f"sweep {path} is not YAML: {error}") from error
         return cls(content, source=str(path))
 
     def _mapping(self, value: Any, known: Iterable[str] | None, where: str) -> dict[str, Any]:

@@ -63,6 +63,17 @@ def find_checkpoint(root: str | Path) -> Path | None:
     return folder
 
 
+def read_tracker(path: Path) -> str:
+    """Return the first word or two of a tracker file, whatever it holds."""
+    with path.open(errors="replace") as stream:
+        return stream.read(100).strip()
+
+
+def iteration_in(word: str) -> int | None:
+    """Return the iteration that a tracker file names, if it is one."""
+    return int(word) if re.fullmatch(r"[0-9]{1,12}", word) else None
+
+
 def candidates(root: str | Path) -> list[Path]:
     """Return the newest checkpoint under ``root``, complete or not, and the complete ones before it, newest first.
 
@@ -91,21 +102,16 @@ def _newest(root: Path) -> Path | None:
     if not tracker.is_file():
         # Lost, or the first save was killed before it wrote it: what is complete must not be trained over.
         return next(reversed(complete_checkpoints(root)), None)
-    content = _content(tracker)
-    folder = checkpoint_folder(root, int(content)) if re.fullmatch(r"[0-9]{1,12}", content) else None
-    if folder is None or not folder.is_dir():
+    iteration = iteration_in(read_tracker(tracker))
+    if iteration is None or not checkpoint_folder(root, iteration).is_dir():
         raise _names_nothing(root)
-    return folder
-
-
-def _content(tracker: Path) -> str:
-    return tracker.read_text(errors="replace").strip()
+    return checkpoint_folder(root, iteration)
 
 
 def _names_nothing(root: Path) -> UsageError:
     found = ", ".join(path.name for path in complete_checkpoints(root)) or "none"
     return UsageError(
-        f"{root / TRACKER} names iteration {_content(root / TRACKER)[:20]!r}, which is not a checkpoint in {root};"
+        f"{root / TRACKER} names iteration {read_tracker(root / TRACKER)[:20]!r}, which is not a checkpoint in {root};"
         f" complete ones there: {found}; name one with --load {root}/iter_..."
     )
 
@@ -120,11 +126,12 @@ def common_state(folder: Path) -> dict[str, Any]:
         # Megatron-Core reads this again, and would run what it names.
         load_metadata(folder / ".metadata")
         common = load_values(folder / "common.pt")
+        if not isinstance(common, dict):
+            raise UsageError("its common.pt holds no names with values")
     except UsageError as error:
         raise UsageError(
             f"the checkpoint {folder} cannot be read ({error}); name an older one with --load", same_on_all_ranks=True
         ) from error
-    assert isinstance(common, dict)
     return common
 
 

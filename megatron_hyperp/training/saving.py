@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import multiprocessing
 import os
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -226,4 +227,23 @@ def _start_manager() -> None:
 
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     manager.start(serve_parent_alone, (os.getpid(), SIGNALS))
-    filesystem_async._results_queue = manager.Queue()
+    filesystem_async._results_queue = _Packed(manager.Queue())
+
+
+class _Packed:
+    """A queue whose values are pickled by those that use it, so that the process that holds it imports no torch.
+
+    Args:
+        queue: of a manager.
+    """
+
+    def __init__(self, queue: Any) -> None:
+        self._queue = queue
+
+    def put(self, value: Any) -> None:
+        """Append a value."""
+        self._queue.put(pickle.dumps(value))
+
+    def get_nowait(self) -> Any:
+        """Return the next value; raise ``queue.Empty`` if there is none."""
+        return pickle.loads(self._queue.get_nowait())  # nosec B301  (of this rank's own writers)

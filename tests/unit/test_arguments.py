@@ -179,7 +179,7 @@ YAML_REFUSALS: list[tuple[str | bytes, str]] = [
     ("training: {train_iters: .inf}", r"training\.train_iters is inf; it must be an integer"),
     ("training: {train_iters: .nan}", r"training\.train_iters is nan; it must be an integer"),
     ("training: {train_iters: null}", r"training\.train_iters is None; it must be an integer"),
-    ("training: {train_iters: 1" + 400 * "0" + "}", r"training\.train_iters is 10+; it must be an integer"),
+    ("training: {train_iters: 1" + 400 * "0" + "}", r"training\.train_iters is 10+\.\.\.0+; it must be an integer"),
     ("optimizer: {lr: x}", r"optimizer\.lr is 'x'; it must be a number"),
     ("optimizer: {lr: false}", r"optimizer\.lr is False; it must be a number"),
     ("optimizer: {lr: [1]}", r"optimizer\.lr is \[1\]; it must be a number"),
@@ -217,7 +217,8 @@ FLAG_REFUSALS = [
     ("--lr x", "--lr is 'x'; it must be a number"),
     ("--train-iters 1.5", "--train-iters is '1.5'; it must be an integer"),
     ("--train-iters nan", "--train-iters is 'nan'; it must be an integer"),
-    ("--train-iters " + 5000 * "9", "--train-iters is '9+'; it must be an integer"),
+    ("--train-iters " + 5000 * "9", r"--train-iters is '9+\.\.\.9+'; it must be an integer below 2\^63"),
+    ("--run-dir \0", r"--run-dir is '\\x00'; it must be a string \(UTF-8, without NUL\)"),
     ("--optimizer sgd", "--optimizer is 'sgd'; allowed are hyperp, muonh, muon, adamw"),
     ("--config absent.yaml", r"config absent\.yaml cannot be read: No such file or directory; check the path"),
     (

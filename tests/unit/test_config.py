@@ -256,4 +256,4 @@ def test_lists_are_not_shared() -> None:
 
 
 def test_every_default_is_in_range() -> None:
-    resolve_module._check_ranges(Config())
+    resolve_module.check_ranges(Config())

@@ -167,11 +167,14 @@ def test_what_cannot_be_expressed_is_named(tmp_path: Path) -> None:
     path = folder / "config.json"
     whole = json.loads(path.read_text())
     for change, words in (
-        ({"architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel; those that are read: Qwen3ForCausalLM"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            "architecture 'GPT2LMHeadModel'; those that are read: Qwen3",
+        ),
         ({"attention_bias": True}, "has attention_bias True"),
         ({"use_sliding_window": True}, "has use_sliding_window True"),
-        ({"hidden_act": "gelu"}, "has hidden_act gelu"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "of the type yarn"),
+        ({"hidden_act": "gelu"}, "has hidden_act 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "of the type 'yarn'"),
         ({"quantization_config": {"bits": 4}}, "has quantization_config"),
         ({"num_hidden_layers": 5}, "lacks the tensor model.layers.4.input_layernorm.weight"),
         ({"num_hidden_layers": 3}, "has model.layers.3.* that a model here has not"),

@@ -156,12 +156,12 @@ def test_arguments_that_cannot_be_expressed_are_named() -> None:
     given = vars(megatron_lm.to_arguments(model_config(), Layout(), torch.float32))
     assert from_arguments(given, "it").model.num_query_groups == 2
     for change, words in (
-        ({"position_embedding_type": "learned_absolute"}, "has position_embedding_type learned_absolute"),
-        ({"normalization": "LayerNorm"}, "has normalization LayerNorm"),
+        ({"position_embedding_type": "learned_absolute"}, "has position_embedding_type 'learned_absolute'"),
+        ({"normalization": "LayerNorm"}, "has normalization 'LayerNorm'"),
         ({"swiglu": False}, "has swiglu False"),
         ({"add_qkv_bias": True}, "has add_qkv_bias True"),
         ({"rotary_percent": 0.5}, "has rotary_percent 0.5"),
-        ({"moe_router_score_function": "sigmoid"}, "has moe_router_score_function sigmoid"),
+        ({"moe_router_score_function": "sigmoid"}, "has moe_router_score_function 'sigmoid'"),
         ({"num_layers": None}, "lacks an argument that a model needs"),
     ):
         with pytest.raises(UsageError, match=words):

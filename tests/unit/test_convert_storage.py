@@ -148,8 +148,10 @@ def test_code_objects_in_the_common_state(folder: Path, tmp_path: Path) -> None:
     proof = tmp_path / "proof"
     torch.save({"args": Hostile(proof)}, folder / "common.pt")
     refuse(folder, "[a-z]+.call")  # old pickles have the module's name in Python 2
+    # What torch wrote before 1.6 says how much memory is to be taken for it, and is not read at all.
     torch.save({"args": Hostile(proof)}, folder / "common.pt", _use_new_zipfile_serialization=False)
-    refuse(folder, "[a-z]+.call")
+    with pytest.raises(UsageError, match=r"no archive of torch\.save"):
+        read_everything(folder)
     assert not proof.exists()
 
 
@@ -180,7 +182,8 @@ def test_a_name_that_leads_out_of_the_folder(folder: Path) -> None:
         ("metadata.json", b"{", "is not JSON"),
         ("metadata.json", b'{"sharded_backend": "zarr"}', "only 'torch_dist' is read"),
         ("metadata.json", None, "is no torch_dist checkpoint"),
-        ("__0_0.distcp", b"short", "cannot be read"),
+        ("__0_0.distcp", b"short", "is too short for"),
+        ("__0_0.distcp", bytes(10**5), "cannot be read"),
         ("__0_0.distcp", None, "is missing"),
     ],
 )

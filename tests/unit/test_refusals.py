@@ -357,6 +357,10 @@ REFUSALS = [
     ),
     Refusal(SMALL.replace(" --train-iters 20", ""), "how long", "give --train-iters or --train-tokens"),
     Refusal(f"{SMALL} --lr 0.1 --min-lr 0.2", "--min-lr 0.2 .*rate 0.1", "lower it"),
+    # Numbers that no float holds
+    Refusal(f"{SMALL} --depth 100001", "--depth is 100001", "100,000 at most"),
+    Refusal(f"{SMALL} --base-tokens 1e300 --token-exponent 9", "no computer holds", "powers of ten"),
+    Refusal(f"{SMALL} --eta0 1e308 --base-tokens 1e12", "learning rate .* inf", "give --lr, or look"),
     Refusal(f"{SMALL} --ns-form gram --ns-dtype bf16", "--ns-form gram .*bf16", "give fp16 or fp32"),
     Refusal(f"{SMALL} --ns-strategy gram --ns-form standard", "--ns-strategy gram .*standard", "leave one out"),
     Refusal(f"{SMALL} --ns-strategy gram --ns-dtype bf16", "--ns-strategy gram .*bf16", "give fp16 or fp32"),

@@ -1,0 +1,166 @@
+"""SECURITY.md's promises that no other test holds: words that no shell runs, permissions, names, pickled caches."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import re
+import stat
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_hyperp import checksums
+from megatron_hyperp.data.datasets import _held_cache
+from megatron_hyperp.errors import UsageError
+from megatron_hyperp.scaling import slurm
+from tests.unit.test_scripts import JOB, MULTI, SINGLE, bash
+
+ROOT = Path(__file__).resolve().parents[2]
+# Words that a shell would act on, were they ever pasted into a line of it. {} is a file that must not appear.
+HOSTILE = [
+    "$(touch {})",
+    "`touch {}`",
+    "; touch {};",
+    "x\ntouch {}\n",
+    "' touch {} '",
+    '"; touch {} #',
+    "a b && touch {}",
+    "x|touch {}",
+]
+SMALL = ("--seq-length", "64", "--global-batch-size", "256")
+
+
+@pytest.mark.parametrize("script", [SINGLE, MULTI, JOB])
+def test_no_word_is_run_by_a_shell(script: str, tmp_path: Path) -> None:
+    """Every setting and flag at once: they reach torchrun as they are, which the dry run prints quoted."""
+    proof = tmp_path / "proof"
+    words = [word.format(proof) for word in HOSTILE]
+    flags = [part for word in words for part in ("--wandb-exp-name", word)]
+    folder = tmp_path / "a run; $(touch proof) 'x'"
+    settings = {"RUN_DIR": folder, "JOB_ID": words[0], "HEAD": words[1], "PORT": words[2], "NODE_ADDR": words[4]}
+    settings |= {"JOIN_TIMEOUT": words[3], "IS_HEAD": words[5], "MAX_RESTARTS": words[6], "SHUTDOWN_TIMEOUT": words[7]}
+    settings |= {"GPU": words[0], "CONTAINER_IMAGE": words[1], "CONTAINER_MOUNTS": words[2], "LAYOUT": "none"}
+    settings |= {"NNODES": "2", "NPROC_PER_NODE": "8", "DRY_RUN": "1", "CHAIN": words[5]}
+    done = bash(script, "examples/configs/quickstart.yaml", *SMALL, *flags, **settings)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not proof.exists()
+    assert not (ROOT / "proof").exists()
+    # Printed as a shell would read it back: the very words.
+    line = done.stdout[: done.stdout.index("rank 0 of")]
+    for word in words[:2]:
+        assert (
+            subprocess.run(["bash", "-c", 'printf %q "$1"', "_", word], capture_output=True, text=True).stdout in line
+        )
+
+
+@pytest.mark.parametrize("name", ["NNODES", "NPROC_PER_NODE", "SLURM_JOB_NUM_NODES", "SLURM_JOB_ID"])
+def test_bash_reckons_with_numbers_alone(name: str, tmp_path: Path) -> None:
+    """``$((NNODES * 8))`` runs what NNODES holds, if that is ``a[$(...)]``."""
+    proof = tmp_path / "proof"
+    settings = {"NNODES": "2", "NPROC_PER_NODE": "8", "HEAD": "x", "DRY_RUN": "1", "LAYOUT": "none"}
+    settings |= {name: f"a[$(touch {proof})0]"}
+    done = bash(JOB, "examples/configs/quickstart.yaml", *SMALL, **settings)
+    assert not proof.exists()
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "set it to a whole number" in done.stderr
+
+
+def test_a_job_array_is_words() -> None:
+    """Never a line: each option, whatever is in it, is one word of sbatch."""
+
+    class Sweep:
+        series = (1, 2)
+        slurm = {"partition": "a; touch x", "comment": "$(touch x)\n"}  # noqa: RUF012
+
+    spec: Any = Sweep()
+    command = slurm.array(spec, Path("a b.sbatch"), ["$(touch x)"], name="`touch x`", folder=Path("r s"), workers=2)
+    assert "--job-name=`touch x`" in command
+    assert "--comment=$(touch x)\n" in command
+    assert command[-1] == "$(touch x)"
+
+
+def test_no_shell_and_no_evaluation() -> None:
+    """In no file of ours; pickle, torch.load, yaml.load and np.load where they are restricted, and there alone."""
+    calls = {
+        r"shell=True|os\.system|os\.popen|\beval\((?!\))|\bexec\(|trust_remote_code=True|weights_only=False": set[
+            str
+        ](),
+        r"\bpickle\.loads?\(|pickle\.Unpickler": set[str](),
+        r"\btorch\.load\(": {"megatron_hyperp/pickles.py", "megatron_hyperp/convert/storage.py"},
+        r"\byaml\.(load|full_load|unsafe_load|safe_load)\(": {"megatron_hyperp/yaml_files.py"},
+        r"\bnp\.load\(|allow_pickle=True": set[str](),
+    }
+    files = [
+        path for top in ("megatron_hyperp", "tools", "examples", "benchmarks") for path in ROOT.glob(f"{top}/**/*.py")
+    ]
+    assert len(files) > 100
+    for pattern, allowed in calls.items():
+        found = set()
+        for path in files:
+            # Documentation says how users of transformers load a folder of ours, which has code of its own.
+            text = re.sub(r'""".*?"""', "", path.read_text(), flags=re.S)
+            if re.search(pattern, text):
+                found.add(str(path.relative_to(ROOT)))
+        assert found == allowed, pattern
+
+
+class Touching:
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return open, (str(self.proof), "w")
+
+
+@pytest.mark.parametrize("kind", ["pickle", "array of objects"])
+def test_pickles_among_cached_indices_are_dropped(tmp_path: Path, kind: str) -> None:
+    """Megatron would load them with ``allow_pickle=True``."""
+    proof, cache = tmp_path / "proof", tmp_path / "cache"
+    cache.mkdir()
+    stream = io.BytesIO()
+    np.save(stream, np.array([Touching(proof)], dtype=object), allow_pickle=True)
+    content = stream.getvalue() if kind == "array of objects" else pickle.dumps(Touching(proof))
+    (cache / "x-shuffle_index.npy").write_bytes(content)
+    np.save(cache / "whole.npy", np.arange(3))
+    with _held_cache(cache):
+        assert sorted(path.name for path in cache.glob("*.npy")) == ["whole.npy"]
+    assert not proof.exists()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/b", "..", ""])
+def test_checksums_name_files_of_their_folder(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (tmp_path / "secret").write_text("x")
+    (folder / checksums.FILE).write_text(json.dumps({name: {"size": 1, "xxh3_128": "0"}}))
+    assert checksums.first_fault(folder) == f"{name} is missing"
+
+
+def test_messages_write_to_no_terminal() -> None:
+    error = UsageError("a name \x1b[2J\x07 of\r\nothers\u202e")
+    assert str(error) == "a name \\x1b[2J\\x07 of\\r\\nothers\\u202e"
+    assert len(str(UsageError("x" * 10**6))) < 5000
+
+
+def test_what_a_command_writes_is_not_writable_to_all(tmp_path: Path) -> None:
+    """Even where the umask lets everyone: of others' bits, that of writing is taken away."""
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("1 2 3\n")
+    words = ["tools/preprocess_data.py", "--input", str(tmp_path / "texts"), "--tokenizer", "null:8"]
+    subprocess.run(
+        [sys.executable, *words, "--output-prefix", str(tmp_path / "new" / "toy")],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        preexec_fn=lambda: os.umask(0),
+    )
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()}
+    assert modes == {"toy.bin": 0o664, "toy.idx": 0o664}
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o775
