@@ -1,5 +1,6 @@
 # make test    set up and run the tests          make check       lint, types and tests, as CI does
 # make lint    ruff and mypy                      make test-slow   the tests that CI has no time for
+# make test-faults   kill, stop, damage and contradict trainings, more than 200 times; prints the count
 # make test-fuzz   hypothesis on every reader of untrusted input (FUZZ_EXAMPLES=20000 for each target)
 # make audit   known vulnerabilities of constraints.txt, by pip-audit; needs a network
 # make test-gpu    the tests that need a GPU, with the python that is found first (TEST_PYTHON=...), not with .venv
@@ -8,7 +9,7 @@ TEST_PYTHON ?= python3
 PYTHON ?= python3
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup lint test test-slow test-fuzz test-gpu audit check
+.PHONY: setup lint test test-slow test-faults test-fuzz test-gpu audit check
 
 setup: $(VENV)/installed
 
@@ -40,6 +41,10 @@ audit:
 	$(PYTHON) -m venv $(VENV)-audit
 	$(VENV)-audit/bin/pip install --quiet pip-audit
 	$(VENV)-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+
+# Some tests mount disks of a few MB, which needs root; without it they are skipped, and the table says less.
+test-faults: setup
+	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "slow or not slow" tests/faults
 
 # Measured figures are printed: -s. A GPU machine brings its own PyTorch, TransformerEngine and apex.
 test-gpu:

@@ -21,7 +21,7 @@ MOST_MISSED = 2.5
 # What gloo, torch's store and NCCL say when the other end is gone or silent.
 _LOST = re.compile(
     r"gloo/transport|Connection (closed|reset) by peer|Timed out waiting|Broken pipe|NCCL communicator"
-    r"|clients joined|wait timeout|got 0 bytes|Connection refused|connectFullMesh"
+    r"|clients joined|wait timeout|got 0 bytes|Connection refused|connectFullMesh|socket has timed out"
 )
 
 

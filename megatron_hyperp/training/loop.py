@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -36,6 +37,8 @@ from megatron_hyperp.training.setup import build, initialize_megatron
 from megatron_hyperp.training.signals import StopRequests
 
 SKIPS_IN_A_ROW = 20
+# What a disk says that is full, read-only, broken or gone.
+DISK_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENOTDIR}
 
 
 def pretrain(config: Config, *, world_size: int) -> int:
@@ -58,12 +61,18 @@ def pretrain(config: Config, *, world_size: int) -> int:
         device.init_process_group(config.parallel.distributed_timeout_minutes)
         with run_lock.held(config):
             return _pretrain(config, tokenizer, resume_from)
-    except Exception as error:
-        if not isinstance(error, UsageError | LostRankError) and (
-            message := heartbeats.explain(error, "before the first iteration, or after the last one,")
-        ):
-            raise LostRankError(message) from error
-        raise
+    except OSError as error:
+        if error.errno not in DISK_FAILURES:
+            raise
+        where = error.filename or config.logging.run_dir
+        raise UsageError(
+            f"{where}: {error.strerror}; mend the disk or name another place, and go on from the last checkpoint"
+        ) from error
+    except RuntimeError as error:
+        message = heartbeats.explain(error, "before the first iteration, or after the last one,")
+        if message is None or isinstance(error, LostRankError):
+            raise
+        raise LostRankError(message) from error
 
 
 def _pretrain(config: Config, tokenizer: Any, resume_from: Path | None) -> int:

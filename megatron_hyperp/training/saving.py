@@ -13,7 +13,8 @@ import os
 import pickle
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,7 @@ from megatron_hyperp.training.checkpointing import (
     layout,
     sharded_state,
 )
+from megatron_hyperp.training.heartbeats import explain
 from megatron_hyperp.training.logging import CONFIG_FILE
 from megatron_hyperp.training.signals import SIGNALS
 
@@ -112,16 +114,17 @@ class Saver:
         state = self._state(progress, run_id)
         _check_finite(state, progress.iteration)
         saved = Saved(checkpoint_folder(self._root, progress.iteration), progress.iteration, -time.monotonic(), 0.0)
-        partial = _prepare(saved.folder, self._config)
-        _start_manager()
-        request = dist_checkpointing.save(state, str(partial), async_sharded_save=True)
-        assert request is not None
-        request.add_finalize_fn(functools.partial(self._complete, partial, saved))
-        if self._config.checkpoint.async_save:
-            self._queue.schedule_async_request(request)
-            saved.waited = saved.seconds + time.monotonic()
-        else:
-            request.execute_sync()
+        with self._failures_told():
+            partial = _prepare(saved.folder, self._config)
+            _start_manager()
+            request = dist_checkpointing.save(state, str(partial), async_sharded_save=True)
+            assert request is not None
+            request.add_finalize_fn(functools.partial(self._complete, partial, saved))
+            if self._config.checkpoint.async_save:
+                self._queue.schedule_async_request(request)
+                saved.waited = saved.seconds + time.monotonic()
+            else:
+                request.execute_sync()
 
     def _state(self, progress: Progress, run_id: str | None) -> dict[str, Any]:
         history = keeps_fp8_history(self._config)
@@ -140,11 +143,34 @@ class Saver:
     def poll(self) -> None:
         """Complete the save that is under way, if all ranks have written their parts."""
         if self._queue.get_num_unfinalized_calls():
-            self._queue.maybe_finalize_async_calls()
+            with self._failures_told():
+                self._queue.maybe_finalize_async_calls()
 
     def finish(self) -> None:
         """Wait for the save that is under way, if there is one."""
-        self._queue.maybe_finalize_async_calls(blocking=True)
+        with self._failures_told():
+            self._queue.maybe_finalize_async_calls(blocking=True)
+
+    @contextmanager
+    def _failures_told(self) -> Iterator[None]:
+        """Say in one line why a checkpoint could not be written; the loss of a rank is told elsewhere."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
+        try:
+            yield
+        # Torch's is no Exception; all ranks get it alike, with the reasons by rank.
+        except (OSError, RuntimeError, CheckpointException) as error:
+            if isinstance(error, RuntimeError) and explain(error, ""):
+                raise
+            reason = next((failure[0] for failure in getattr(error, "failures", {}).values()), error)
+            told = getattr(reason, "strerror", None) or str(reason).splitlines()[0][:200]
+            with suppress(OSError):
+                told += f"; {shutil.disk_usage(self._root).free:,} bytes are free there"
+            raise UsageError(
+                f"the checkpoint in {self._root} cannot be written ({told}); those saved before are whole: make room"
+                " or mend the disk, and start again",
+                same_on_all_ranks=isinstance(error, CheckpointException),
+            ) from error
 
     def _complete(self, partial: Path, saved: Saved) -> None:
         """Make what has been written the latest checkpoint."""

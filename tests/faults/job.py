@@ -142,9 +142,15 @@ class Job:
             process.start()
         return Started(processes, logs)
 
-    def run(self, plants: dict[int, Plant] | None = None, words: dict[int, Sequence[str]] | None = None) -> Ending:
-        """Start all ranks and wait for their ends."""
-        return self.start(plants, words).wait()
+    def run(
+        self,
+        plants: dict[int, Plant] | None = None,
+        words: dict[int, Sequence[str]] | None = None,
+        *,
+        stopped: Sequence[int] = (),
+    ) -> Ending:
+        """Start all ranks and wait for their ends; as :meth:`Started.wait`."""
+        return self.start(plants, words).wait(stopped=stopped)
 
     def rows(self) -> int:
         """Iterations whose metrics are written."""
@@ -188,21 +194,27 @@ class Started:
     processes: list[BaseProcess]
     logs: list[Path]
 
-    def wait(self) -> Ending:
-        """Wait until all ranks have ended; once one has failed the others have ``SECONDS_TO_END``."""
+    def wait(self, *, stopped: Sequence[int] = ()) -> Ending:
+        """Wait until all ranks have ended; once one has failed the others have ``SECONDS_TO_END``.
+
+        Args:
+            stopped: ranks that cannot end, and are killed when the others have, as a launcher does.
+        """
         deadline, failed = time.monotonic() + SECONDS_TO_FINISH, False
-        while any(process.is_alive() for process in self.processes):
+        awaited = [process for rank, process in enumerate(self.processes) if rank not in stopped]
+        while any(process.is_alive() for process in awaited):
             if not failed and any(process.exitcode for process in self.processes):
                 deadline, failed = time.monotonic() + SECONDS_TO_END, True
             if time.monotonic() > deadline:
                 break
             time.sleep(0.02)
-        hung = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
-        for rank in hung:
+        alive = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
+        for rank in alive:
             with suppress(ProcessLookupError):
                 os.kill(self.processes[rank].pid or 0, signal.SIGKILL)
         for process in self.processes:
             process.join()
+        hung = [rank for rank in alive if rank not in stopped]
         codes = [process.exitcode if process.exitcode is not None else 1 for process in self.processes]
         return Ending(codes, [log.with_suffix(".err").read_text(errors="replace") for log in self.logs], hung)
 

@@ -7,6 +7,11 @@ from typing import Any
 import pytest
 
 
+def first(*given: Any) -> list[Any]:
+    """Return parameters of which CI takes the first alone."""
+    return [pytest.param(value, marks=[pytest.mark.slow] if index else []) for index, value in enumerate(given)]
+
+
 def seeds(short: int, long: int) -> list[Any]:
     """Return so many seeds; those after the first few are slow.
 

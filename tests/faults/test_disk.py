@@ -104,7 +104,7 @@ def test_a_save_folder_that_vanishes(seed: int, undisturbed: Runs, tmp_path: Pat
     record(Fault("save folder vanishes", "bit for bit", job.resumes(run.straight), lost))
 
 
-@pytest.mark.parametrize("seed", seeds(1, 8))
+@pytest.mark.parametrize("seed", seeds(0, 8))
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_call_that_fails(call: str, seed: int, undisturbed: Runs, tmp_path: Path, record: Record) -> None:
     """The n-th call of a rank, anywhere in the run."""

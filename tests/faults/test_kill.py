@@ -18,7 +18,7 @@ from tests.faults.conftest import LAYOUTS, Undisturbed
 from tests.faults.job import Job, assert_told
 from tests.faults.ledger import Fault
 from tests.faults.planting import PLACES, AtLine
-from tests.faults.seeds import seeds
+from tests.faults.seeds import first, seeds
 from tests.functional.launch import assert_same_run, launched, train, workers, write_config
 from tests.toy import toy_config, write_corpus
 
@@ -27,7 +27,7 @@ Record = Callable[[Fault], None]
 
 
 @pytest.mark.parametrize("seed", seeds(1, 8))
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("place", first(*PLACES))
 def test_a_rank_killed_at_a_line(place: str, seed: int, undisturbed: Runs, tmp_path: Path, record: Record) -> None:
     """From the beginning, or after a resumption; loading is counted in resumed runs alone."""
     picked = random.Random(f"{place} {seed}")

@@ -15,14 +15,14 @@ from tests.faults.conftest import LAYOUTS, Undisturbed
 from tests.faults.job import Job, assert_told
 from tests.faults.ledger import Fault
 from tests.faults.planting import Planted
-from tests.faults.seeds import seeds
+from tests.faults.seeds import first, seeds
 
 Runs = Callable[[str], Undisturbed]
 Record = Callable[[Fault], None]
 
 
 @pytest.mark.parametrize("seed", seeds(1, 6))
-@pytest.mark.parametrize("where", ["gradient", "batch"])
+@pytest.mark.parametrize("where", first("gradient", "batch"))
 def test_one_bad_step(where: str, seed: int, undisturbed: Runs, tmp_path: Path, record: Record) -> None:
     """All ranks leave the step out, say so, and train on with the next batch."""
     picked, run = random.Random(f"{where} {seed}"), undisturbed(list(LAYOUTS)[seed % len(LAYOUTS)])
@@ -38,7 +38,7 @@ def test_one_bad_step(where: str, seed: int, undisturbed: Runs, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("seed", seeds(1, 8))
-@pytest.mark.parametrize("where", ["weight", "master"])
+@pytest.mark.parametrize("where", first("weight", "master"))
 def test_bad_weights_are_never_saved(where: str, seed: int, undisturbed: Runs, tmp_path: Path, record: Record) -> None:
     """The run stops, and goes on from what was saved before."""
     picked, run = random.Random(f"{where} {seed}"), undisturbed(list(LAYOUTS)[seed % len(LAYOUTS)])

@@ -24,16 +24,14 @@ Runs = Callable[[str], Undisturbed]
 Record = Callable[[Fault], None]
 
 
-@pytest.mark.parametrize("seed", seeds(1, 12))
+@pytest.mark.parametrize("seed", seeds(0, 12))
 def test_a_stopped_rank(seed: int, undisturbed: Runs, tmp_path: Path, record: Record) -> None:
     """The others end when a collective has waited long enough; a launcher then kills the one that does not move."""
     picked, run = random.Random(seed), undisturbed(list(LAYOUTS)[seed % len(LAYOUTS)])
     place, rank = picked.choice(["save", "datasets", "optimizer", "loop"]), picked.randrange(2)
     job = Job(tmp_path / "job", run.config, run.flags)
     stops = AtLine(place, picked.random(), run.lines[place], signal.SIGSTOP)
-    ending = job.run({rank: stops})
-    assert ending.hung == [rank]
-    ending.hung = []
+    ending = job.run({rank: stops}, stopped=[rank])
     assert_told(ending, rank)
     lost = job.lost_checkpoints()
     assert lost == 0
@@ -97,6 +95,7 @@ class OtherCode:
         agreement.code_digest = lambda: "0" * 12
 
 
+@pytest.mark.slow
 def test_a_rank_with_other_code(undisturbed: Runs, tmp_path: Path, record: Record) -> None:
     run = undisturbed("dp2")
     job = Job(shutil.copytree(run.half, tmp_path / "job"), run.config, run.flags)
