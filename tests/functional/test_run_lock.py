@@ -29,6 +29,7 @@ def snapshot(folder: Path) -> set[Path]:
     return set(folder.rglob("*"))
 
 
+@pytest.mark.slow
 def test_the_second_job_is_refused_and_the_first_one_goes_on(workspace: Path) -> None:
     config, first, other = workspace / "config.yaml", workspace / "first", workspace / "other"
     save = ["--save", workspace / "checkpoints", "--load", workspace / "checkpoints"]
