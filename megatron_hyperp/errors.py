@@ -42,7 +42,7 @@ def _printable(text: str) -> str:
 
 
 class LostRankError(RuntimeError):
-    """Another rank died or hangs, so that this one cannot go on; the message is one line."""
+    """Another rank, or a process that this one needs, died or hangs: it cannot go on; the message is one line."""
 
 
 def leave_at_once(code: int) -> NoReturn:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from megatron_hyperp.errors import UsageError
+from megatron_hyperp.errors import LostRankError, UsageError
 
 Batch = dict[str, torch.Tensor]
 SampleDataset = Dataset[Batch]
@@ -65,6 +65,7 @@ def batches(
 
     Raises:
         UsageError: when the dataset has too few samples for ``num_batches``, or, from the iterator, for another batch.
+        LostRankError: from the iterator, when a loading process died.
     """
     length = len(dataset)  # type: ignore[arg-type]
     stride = micro_batch_size * data_parallel_size
@@ -95,7 +96,15 @@ def _leave_signals_to_the_rank(_: int) -> None:
 
 
 def _until_exhausted(loader: DataLoader[Batch], length: int, consumed_samples: int, *, ends: bool) -> Iterator[Batch]:
-    yield from loader
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise LostRankError(
+            "a data-loading process of this rank died, as one does that the system kills for memory; go on from the"
+            " last checkpoint, with fewer --num-workers if it comes again"
+        ) from error
     if not ends:
         raise _exhausted(length, consumed_samples, None)
 

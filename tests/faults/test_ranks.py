@@ -155,7 +155,8 @@ def test_the_process_that_writers_report_to_dies(
     run = undisturbed(layout)
     job = Job(tmp_path / "job", run.config, run.flags)
     started = job.start()
-    _wait_for(job, started, 6)
+    # After the first save has begun it.
+    _wait_for(job, started, 10)
     helpers = [
         child
         for child in psutil.Process(started.processes[rank].pid).children()
