@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 PR_SET_PDEATHSIG = 1
 # Found before any fork: a child of a process with threads should load nothing.
@@ -37,3 +38,35 @@ def serve_parent_alone(parent: int, ignored: Iterable[signal.Signals]) -> None:
     die_with_parent(parent)
     for number in ignored:
         signal.signal(number, signal.SIG_IGN)
+
+
+# Whether processes that are forked now die with their parent, and the process ID of that parent.
+_bound, _forking = False, 0
+
+
+@contextmanager
+def bound_children() -> Iterator[None]:
+    """Have processes that are forked in the block, and all that those fork, die with their parents.
+
+    A writer of a checkpoint that waits for its dead rank would wait for ever, and hold the rank's output and memory.
+    The thread that forks must live as long as its process: it is that thread's death which the kernel waits for.
+    """
+    global _bound
+    before, _bound = _bound, True
+    try:
+        yield
+    finally:
+        _bound = before
+
+
+def _before_fork() -> None:
+    global _forking
+    _forking = os.getpid()
+
+
+def _after_fork() -> None:
+    if _bound:
+        die_with_parent(_forking)
+
+
+os.register_at_fork(before=_before_fork, after_in_child=_after_fork)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from megatron_hyperp.errors import UsageError
+from megatron_hyperp.errors import LostRankError, UsageError
 from megatron_hyperp.files import write_atomically
 
 FOLDER = "heartbeats"
@@ -108,7 +108,7 @@ def explain(error: BaseException, when: str, guess: Callable[[], str | None] = l
         when: it came, in words.
         guess: says which rank is behind, if that is known.
     """
-    if not _LOST.search(str(error)):
+    if isinstance(error, UsageError | LostRankError) or not _LOST.search(str(error)):
         return None
     told = re.sub(r"^\[\S*:[0-9]+\] ", "", " ".join(str(error).split())).split(". ")[0][:120]
     return (

@@ -70,7 +70,7 @@ def pretrain(config: Config, *, world_size: int) -> int:
         ) from error
     except RuntimeError as error:
         message = heartbeats.explain(error, "before the first iteration, or after the last one,")
-        if message is None or isinstance(error, LostRankError):
+        if message is None:
             raise
         raise LostRankError(message) from error
 

@@ -26,7 +26,7 @@ from megatron_hyperp import __version__, checksums
 from megatron_hyperp.config import Config
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.files import write_atomically
-from megatron_hyperp.processes import serve_parent_alone
+from megatron_hyperp.processes import bound_children, serve_parent_alone
 from megatron_hyperp.training.checkpointing import (
     RADII,
     TRACKER,
@@ -114,7 +114,7 @@ class Saver:
         state = self._state(progress, run_id)
         _check_finite(state, progress.iteration)
         saved = Saved(checkpoint_folder(self._root, progress.iteration), progress.iteration, -time.monotonic(), 0.0)
-        with self._failures_told():
+        with self._failures_told(), bound_children():
             partial = _prepare(saved.folder, self._config)
             _start_manager()
             request = dist_checkpointing.save(state, str(partial), async_sharded_save=True)

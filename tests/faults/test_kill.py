@@ -89,6 +89,7 @@ def test_torchrun_starts_killed_ranks_again(seed: int, tmp_path: Path, record: R
         _, errors = launcher.communicate(timeout=400)
     assert launcher.returncode == 0, errors
     assert_same_run(folder, straight)
+    assert not _left_behind(folder)
     steps = _done_again(folder)
     record(
         Fault("SIGKILL of a torchrun worker", "bit for bit", steps, Job(tmp_path, config).lost_checkpoints(), killed)
@@ -108,6 +109,11 @@ def _new_workers(launcher: subprocess.Popen[str], previous: set[int]) -> list[ps
 def _sleep(launcher: subprocess.Popen[str], seconds: float) -> None:
     with suppress(subprocess.TimeoutExpired):
         launcher.wait(seconds)
+
+
+def _left_behind(folder: Path) -> list[psutil.Process]:
+    """Processes of a run that is over: a rank's writers look like the rank."""
+    return [each for each in psutil.process_iter(["cmdline"]) if str(folder) in (each.info["cmdline"] or [])]
 
 
 def _done_again(folder: Path) -> int:
