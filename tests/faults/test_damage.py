@@ -135,7 +135,7 @@ def test_metrics_that_are_damaged(damage: Damage, undisturbed: Runs, tmp_path: P
     record(Fault(f"{METRICS_FILE}: damaged", "bit for bit"))
 
 
-@pytest.mark.parametrize("seed", seeds(1, 2))
+@pytest.mark.parametrize("seed", seeds(0, 2))
 @pytest.mark.parametrize("damage", first(flip, truncate, delete, swap))
 @pytest.mark.parametrize("suffix", first(".bin", ".idx"))
 def test_a_corpus(suffix: str, damage: Damage, seed: int, undisturbed: Runs, tmp_path: Path, record: Record) -> None:
@@ -177,7 +177,7 @@ def test_the_index_of_another_corpus(undisturbed: Runs, tmp_path: Path, record: 
     record(Fault("corpus .idx: of another", "refused"))
 
 
-@pytest.mark.parametrize("seed", seeds(1, 3))
+@pytest.mark.parametrize("seed", seeds(0, 3))
 @pytest.mark.parametrize("damage", first(flip, truncate, delete))
 def test_a_cached_order_of_samples(
     damage: Damage, seed: int, undisturbed: Runs, tmp_path: Path, record: Record

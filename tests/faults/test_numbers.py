@@ -21,7 +21,7 @@ Runs = Callable[[str], Undisturbed]
 Record = Callable[[Fault], None]
 
 
-@pytest.mark.parametrize("seed", seeds(1, 6))
+@pytest.mark.parametrize("seed", seeds(0, 6))
 @pytest.mark.parametrize("where", first("gradient", "batch"))
 def test_one_bad_step(where: str, seed: int, undisturbed: Runs, tmp_path: Path, record: Record) -> None:
     """All ranks leave the step out, say so, and train on with the next batch."""

@@ -203,13 +203,12 @@ def damage_file(name: str, content: bytes | None) -> Callable[[Path], None]:
 @pytest.mark.parametrize(
     "damage",
     [
-        damage_file("__0_0.distcp", b"short"),
-        damage_file("__0_0.distcp", None),
-        damage_file(".metadata", b"\x80"),
-        damage_file("metadata.json", b"{"),
-        damage_file("common.pt", b"no pickle"),
+        pytest.param(damage_file("__0_0.distcp", b"short"), marks=pytest.mark.slow, id="short shard"),
+        pytest.param(damage_file("__0_0.distcp", None), marks=pytest.mark.slow, id="lost shard"),
+        pytest.param(damage_file(".metadata", b"\x80"), id="bad metadata"),
+        pytest.param(damage_file("metadata.json", b"{"), marks=pytest.mark.slow, id="bad json"),
+        pytest.param(damage_file("common.pt", b"no pickle"), marks=pytest.mark.slow, id="bad common state"),
     ],
-    ids=["short shard", "lost shard", "bad metadata", "bad json", "bad common state"],
 )
 def test_a_damaged_checkpoint_is_one_line(
     workspace: Path, straight: Path, tmp_path: Path, damage: Callable[[Path], None]
@@ -239,7 +238,7 @@ def truncate(path: Path) -> None:
     [
         ("__1_0.distcp", flip_bit, "__1_0.distcp is not what was written"),
         pytest.param("__1_0.distcp", truncate, "__1_0.distcp has ", marks=pytest.mark.slow),
-        ("common.pt", flip_bit, "common.pt is not what was written"),
+        pytest.param("common.pt", flip_bit, "common.pt is not what was written", marks=pytest.mark.slow),
         pytest.param(
             "checksums.json", lambda path: path.write_bytes(b"{"), "checksums.json is damaged", marks=pytest.mark.slow
         ),

@@ -54,6 +54,7 @@ def test_the_second_job_is_refused_and_the_first_one_goes_on(workspace: Path) ->
     assert_same_run(first, workspace / "straight", ITERATIONS)
 
 
+@pytest.mark.slow
 def test_a_killed_job_is_followed_at_once(workspace: Path) -> None:
     folder = workspace / "killed"
     words = command(workspace / "config.yaml", "--run-dir", folder, "--num-workers", 1)
