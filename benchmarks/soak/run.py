@@ -104,7 +104,7 @@ class Training:
         assert self.process is not None
         ranks = self.ranks()
         if fault == "kill a rank" and ranks:
-            random.choice(ranks).kill()
+            random.choice(ranks).kill()  # nosec B311
         elif fault == "kill all":
             self.end()
             self.start()
@@ -157,7 +157,7 @@ def soak(output: Path, *, minutes: float, between: float) -> None:
     trainings = [
         Training((output / name).resolve(), recipe.resolve(), Path(data).resolve()) for name in (UNDISTURBED, RESTARTED)
     ]
-    picked, faults = random.Random(0), itertools.cycle(FAULTS)
+    picked, faults = random.Random(0), itertools.cycle(FAULTS)  # nosec B311
     started = time.monotonic()
 
     def passed() -> float:

@@ -272,4 +272,5 @@ class _Packed:
 
     def get_nowait(self) -> Any:
         """Return the next value; raise ``queue.Empty`` if there is none."""
-        return pickle.loads(self._queue.get_nowait())  # nosec B301  (of this rank's own writers)
+        # Of this rank's own writers.
+        return pickle.loads(self._queue.get_nowait())  # nosec B301
