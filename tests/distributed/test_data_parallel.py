@@ -186,6 +186,7 @@ def train_fifty(prefix: str, folder: str, overrides: dict[str, Any]) -> list[dic
     return read_metrics(Path(folder))
 
 
+@pytest.mark.slow
 def test_fifty_steps_on_eight_ranks_equal_one_rank(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path)
     layout = {**TP2, "pipeline_model_parallel_size": 2, "sequence_parallel": True}
@@ -211,6 +212,7 @@ def train_long(prefix: str, folder: str) -> list[dict[str, Any]]:
     return read_metrics(Path(folder))
 
 
+@pytest.mark.slow
 def test_radii_do_not_drift_over_two_thousand_steps_in_bf16(tmp_path: Path) -> None:
     rows = run_distributed(train_long, 2, write_corpus(tmp_path), str(tmp_path / "long"))[0]
     assert rows[-1]["iteration"] == 2000

@@ -51,7 +51,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    "model", [pytest.param(model, marks=[pytest.mark.slow] if "adamw" in model else []) for model in MODELS]
+)
 def test_every_layout_says_what_one_rank_says(model: str, corpus: str, tmp_path: Path) -> None:
     [[alone]] = run_distributed(indicators, 1, corpus, str(tmp_path), model, [{}])
     assert [row["iteration"] for row in alone] == [1, 2]

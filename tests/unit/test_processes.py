@@ -17,7 +17,8 @@ from megatron_hyperp.processes import bound_children
 def child(name):
     if not os.fork():
         os.fork()
-        print(name, os.getpid(), flush=True)
+        # In one piece, whatever others write meanwhile.
+        os.write(1, f"{name} {os.getpid()}\\n".encode())
         time.sleep(60)
 
 with bound_children():
