@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/pretrain_gpt.py --config FILE [flags]
 
-Reading order: megatron_hyperp/config.py (the knobs), training/loop.py (the run), model/build.py, optim/distributed.py.
+Reading order: megatron_hyperp/config.py (the knobs), training/pretrain.py and loop.py (the run), model/build.py,
+optim/distributed.py.
 """
 
 import argparse
@@ -45,7 +46,7 @@ def main(argv: list[str]) -> int:
                 f"{flag_name(name)} needs --dry-run; give it, or leave this out: torchrun says how many ranks train",
                 same_on_all_ranks=True,
             )
-    from megatron_hyperp.training.loop import pretrain
+    from megatron_hyperp.training.pretrain import pretrain
 
     code = pretrain(config, world_size=world_size())
     # Torchrun takes every code but 0 for a failure, and would start again what was asked to stop.

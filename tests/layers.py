@@ -38,7 +38,7 @@ def train_and_save(prefix: str, folder: str, runs: Cases, stand_in: bool) -> Non
     """Run whole trainings on one new rank, with their files in a folder each."""
     if stand_in:
         stand_in_for_transformer_engine()
-    from megatron_hyperp.training.loop import pretrain
+    from megatron_hyperp.training.pretrain import pretrain
 
     for name, fields in runs.items():
         os.environ["MASTER_PORT"] = str(free_port())

@@ -25,6 +25,12 @@ def free_port() -> int:
             return port
 
 
+def torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    """Return what torchrun tells a rank on one node, and that it has one thread."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1"}
+    return {name: str(value) for name, value in (place | {"MASTER_PORT": port, "OMP_NUM_THREADS": 1}).items()}
+
+
 def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """Call ``function(*args)`` on ``world_size`` new processes and return their results, by rank.
 
@@ -48,14 +54,7 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
 def _rank(
     rank: int, function: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        OMP_NUM_THREADS="1",
-    )
+    os.environ |= torchrun_environment(rank, world_size, port)
     torch.set_num_threads(1)
     try:
         result = function(*args)

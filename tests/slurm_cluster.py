@@ -36,6 +36,8 @@ SlurmdLogFile={folder}/slurmd-%n.log
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{first}-{second}] CPUs=2 RealMemory=4000
 PartitionName=main Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
 """
+# A job that starts in the second in which it was requeued has credentials that Slurm has just revoked, and fails.
+SECONDS_TO_REVOKE = 3.0
 # Of one job on both nodes; there are no GPUs to ask for.
 OPTIONS = ("--gpus-per-node=0", "--exclusive=user", "--mem=0")
 
@@ -84,11 +86,14 @@ class Cluster:
         return self.run("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T").strip()
 
     def wait(self, job: int, *states: str, seconds: float = 240) -> str:
-        """Wait until a job is in one of the states, beginning at once whenever it is requeued; return which."""
+        """Wait until a job is in one of the states, beginning soon whenever it is requeued; return which."""
         deadline = time.monotonic() + seconds
+        running = time.monotonic()
         while (state := self.state(job)) not in states:
             assert time.monotonic() < deadline, f"job {job} is {state}:\n{self.output(job)[-3000:]}"
-            if state == "PENDING":
+            if state != "PENDING":
+                running = time.monotonic()
+            elif time.monotonic() > running + SECONDS_TO_REVOKE:
                 # Slurm lets a requeued job wait for two minutes.
                 subprocess.run(
                     ["scontrol", "update", f"JobId={job}", "StartTime=now"],

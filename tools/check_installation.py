@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
         write_corpus(documents, prefix, load_tokenizer(f"null:{VOCABULARY}"))
         flags = [*MODEL.split(), "--data-path", prefix, "--run-dir", folder, *argv]
         config = arguments.parse(flags, description="Train two steps of a tiny model; flags are the trainer's.")
-        from megatron_hyperp.training.loop import pretrain
+        from megatron_hyperp.training.pretrain import pretrain
 
         code = pretrain(config, world_size=1)
     if not code:

@@ -16,40 +16,13 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.corpus import write_corpus
+from benchmarks.models import MODELS, VOCABULARY, config_of
 from benchmarks.turns import in_turns
 from megatron_hyperp import device
-from megatron_hyperp.config import Config, DataConfig, LoggingConfig, ModelConfig, MoEConfig, TrainingConfig
 from megatron_hyperp.errors import run_command
 
-VOCABULARY = 2048
 INTERVAL = 100
 WARM_UPS = 2
-# Depth, width, sequence length, sequences of a micro-batch, experts.
-MODELS = {
-    "dense": (4, 128, 256, 2, 0),
-    "wide": (4, 512, 256, 2, 0),
-    "experts": (4, 128, 256, 2, 8),
-}
-
-
-def config_of(name: str, folder: Path, prefix: str) -> Config:
-    """Return a model's resolved config; a step is two micro-batches on each of two ranks."""
-    depth, width, length, size, experts = MODELS[name]
-    config = Config(
-        model=ModelConfig(depth=depth, aspect_ratio=width // depth, seq_length=length),
-        data=DataConfig(data_path=[prefix], tokenizer_model=f"null:{VOCABULARY}"),
-        training=TrainingConfig(
-            micro_batch_size=size,
-            global_batch_size=2 * size * dist.get_world_size(),
-            train_iters=1000,
-            eval_interval=0,
-            check_weight_hash_across_dp_replicas_interval=INTERVAL,
-        ),
-        logging=LoggingConfig(run_dir=str(folder), log_interval=1000, stability_interval=0, quiet=True),
-    )
-    if experts:
-        config.moe = MoEConfig(num_experts=experts, moe_router_topk=2, moe_ffn_hidden_size=width)
-    return config.resolve(world_size=dist.get_world_size(), tokenizer_vocab_size=VOCABULARY)
 
 
 def seconds(work: Callable[[], object]) -> list[float]:
@@ -63,14 +36,18 @@ def seconds(work: Callable[[], object]) -> list[float]:
 
 
 def measure(name: str, repeats: int, folder: Path, prefix: str) -> str:
-    """Train a model; return a line with medians."""
+    """Train a model, two micro-batches on each rank; return a line with medians."""
     from megatron.core import parallel_state
 
     from megatron_hyperp.data.tokenizer import load_tokenizer
     from megatron_hyperp.training.loop import Trainer
 
     (folder / name).mkdir(exist_ok=True)
-    trainer = Trainer(config_of(name, folder / name, prefix), load_tokenizer(f"null:{VOCABULARY}"), None)
+    ranks = dist.get_world_size()
+    config = config_of(name, folder / name, prefix, micro_batches=2 * ranks)
+    config.training.check_weight_hash_across_dp_replicas_interval = INTERVAL
+    config = config.resolve(world_size=ranks, tokenizer_vocab_size=VOCABULARY)
+    trainer = Trainer(config, load_tokenizer(f"null:{VOCABULARY}"), None)
     batches = trainer._batches(trainer.train_set, 0)
 
     def step() -> None:

@@ -12,43 +12,26 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from benchmarks.corpus import write_corpus
+from benchmarks.models import VOCABULARY, config_of
 from megatron_hyperp import device
-from megatron_hyperp.config import Config, DataConfig, LoggingConfig, ModelConfig, MoEConfig, TrainingConfig
 from megatron_hyperp.errors import run_command
 
-VOCABULARY = 2048
 INTERVAL = 10
 WARM_UPS = 3
-# Depth, width, sequence length, sequences of a micro-batch, experts.
-MODELS = {
-    "dense": (4, 128, 256, 2, 0),
-    "experts": (4, 128, 256, 2, 8),
-}
-
-
-def config_of(name: str, folder: Path, prefix: str) -> Config:
-    """Return a model's resolved config; a step is four micro-batches."""
-    depth, width, length, size, experts = MODELS[name]
-    config = Config(
-        model=ModelConfig(depth=depth, aspect_ratio=width // depth, seq_length=length),
-        data=DataConfig(data_path=[prefix], tokenizer_model=f"null:{VOCABULARY}"),
-        training=TrainingConfig(micro_batch_size=size, global_batch_size=4 * size, train_iters=1000, eval_interval=0),
-        logging=LoggingConfig(run_dir=str(folder), log_interval=1000, stability_interval=INTERVAL, quiet=True),
-    )
-    if experts:
-        config.moe = MoEConfig(num_experts=experts, moe_router_topk=2, moe_ffn_hidden_size=width)
-    return config.resolve(tokenizer_vocab_size=VOCABULARY)
+WATCHED = ("dense", "experts")
 
 
 def measure(name: str, repeats: int, folder: Path) -> str:
-    """Train a model; return a line with medians."""
+    """Train a model, four micro-batches a step; return a line with medians."""
     from megatron.core import parallel_state
 
     from megatron_hyperp.data.tokenizer import load_tokenizer
     from megatron_hyperp.training.loop import Trainer
 
     (folder / name).mkdir()
-    config = config_of(name, folder / name, write_corpus(folder, VOCABULARY))
+    config = config_of(name, folder / name, write_corpus(folder, VOCABULARY), micro_batches=4)
+    config.logging.stability_interval = INTERVAL
+    config = config.resolve(tokenizer_vocab_size=VOCABULARY)
     trainer = Trainer(config, load_tokenizer(f"null:{VOCABULARY}"), None)
     batches = trainer._batches(trainer.train_set, 0)
     spent: dict[bool, list[float]] = {False: [], True: []}
@@ -76,7 +59,7 @@ def measure(name: str, repeats: int, folder: Path) -> str:
 def main(argv: list[str]) -> None:
     """Measure what is asked for."""
     parser = argparse.ArgumentParser(description="Time steps with and without stability indicators, in turns.")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="[all]")
+    parser.add_argument("--models", nargs="+", choices=WATCHED, default=list(WATCHED), help="[all]")
     parser.add_argument("--repeats", type=int, default=7, help="pairs of steps of which the medians count [7]")
     options = parser.parse_args(argv)
     device.adapt_megatron()

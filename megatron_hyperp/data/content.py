@@ -29,27 +29,24 @@ def check_content(prefix: str | os.PathLike[str], *, most_bytes: int | None = No
         most_bytes: of a larger file only the size is compared; None: all are read.
 
     Returns:
-        Whether there are checksums to compare with; Megatron-LM's tools write none.
+        Whether there are checksums of all of it to compare with; Megatron-LM's tools write none.
 
     Raises:
         UsageError: a file is not what was written.
     """
     files = prefix_files(prefix)
     place = checksums_file(files[0])
-    folder, name = place.parent, place.name
+    remedy = f"python tools/check_data.py --record {prefix}"
     try:
-        sums = checksums.read(folder, name)
-        for path in files if sums is not None else ():
-            small = most_bytes is None or path.stat().st_size <= most_bytes
-            expected = (sums or {}).get(path.name)
-            fault = checksums.fault(folder, path.name, expected, content=small) if expected else None
-            if fault:
+        sums = checksums.read(place.parent, place.name) or {}
+    except ValueError as error:
+        raise UsageError(f"{place}: {error}; {remedy} mends it") from error
+    for path in files:
+        if path.name in sums:
+            whole = most_bytes is None or sums[path.name].size <= most_bytes
+            if fault := checksums.fault(path.parent, path.name, sums[path.name], content=whole):
                 raise UsageError(
-                    f"{folder / fault}, as {name} has it; preprocess the corpus again, or, where it was changed on"
-                    f" purpose, python tools/check_data.py --record {prefix}"
+                    f"{path.parent / fault}, as {place.name} has it; preprocess the corpus again, or, where it was"
+                    f" changed on purpose, {remedy}"
                 )
-    except (OSError, ValueError) as error:
-        if isinstance(error, UsageError):
-            raise
-        raise UsageError(f"{folder / name}: {error}; python tools/check_data.py --record {prefix} mends it") from error
-    return sums is not None
+    return all(path.name in sums for path in files)

@@ -205,11 +205,9 @@ def load_checkpoint(
         with nullcontext() if history else _no_code():
             loaded = dist_checkpointing.load(state, str(folder))
     except (Exception, CheckpointException) as error:
-        # Torch's exception is no Exception, and holds the reasons by rank.
-        reasons = [failure[0] for failure in getattr(error, "failures", {}).values()]
-        reason = reasons[0] if reasons else error
+        reason = first_failure(error)
         raise UsageError(
-            f"the checkpoint {folder} cannot be read ({type(reason).__name__}: {_first_line(reason)}), unless another"
+            f"the checkpoint {folder} cannot be read ({type(reason).__name__}: {first_line(reason)}), unless another"
             " rank failed first; name an older one with --load"
         ) from error
     finally:
@@ -253,7 +251,14 @@ def keeps_fp8_history(config: Config) -> bool:
     return training.fp8_format != "none" and training.fp8_recipe == "delayed" and not training.fp8_emulation
 
 
-def _first_line(error: BaseException) -> str:
+def first_failure(error: BaseException) -> BaseException:
+    """Return what went wrong: torch's CheckpointException, which is no Exception, holds the reasons by rank."""
+    reason: BaseException = next((failure[0] for failure in getattr(error, "failures", {}).values()), error)
+    return reason
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, 200 characters at most."""
     return (str(error).splitlines() or ["no message"])[0][:200]
 
 

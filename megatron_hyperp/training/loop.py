@@ -1,8 +1,7 @@
-"""Pretraining: from a config to a trained model. Reads top to bottom: check, join, build, resume, train."""
+"""One run: model, optimizer, schedule and data are built, a checkpoint resumed, and the loop over batches trained."""
 
 from __future__ import annotations
 
-import errno
 import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,9 +16,8 @@ from megatron_hyperp import device
 from megatron_hyperp.config import Config, micro_batches
 from megatron_hyperp.data import batches as micro
 from megatron_hyperp.data.datasets import build_datasets
-from megatron_hyperp.errors import EXIT_STOPPED, LostRankError, UsageError
-from megatron_hyperp.training import checkpointing, heartbeats, run_lock
-from megatron_hyperp.training.agreement import agree
+from megatron_hyperp.errors import UsageError
+from megatron_hyperp.training import checkpointing, heartbeats
 from megatron_hyperp.training.alarms import ACTIONS, Alarms
 from megatron_hyperp.training.checkpointing import Progress
 from megatron_hyperp.training.compatibility import changed_settings, is_of_run
@@ -28,75 +26,13 @@ from megatron_hyperp.training.forward import Batches, forward_step
 from megatron_hyperp.training.logging import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, Console, MetricsWriter
 from megatron_hyperp.training.meter import Meter
 from megatron_hyperp.training.phases import Phases
-from megatron_hyperp.training.preflight import check, verify
 from megatron_hyperp.training.profiling import FOLDER, Profiler
 from megatron_hyperp.training.replicas import Replicas
-from megatron_hyperp.training.resiliency import launcher_reports
 from megatron_hyperp.training.saving import Saved, Saver
 from megatron_hyperp.training.setup import build, initialize_megatron
 from megatron_hyperp.training.signals import StopRequests
 
 SKIPS_IN_A_ROW = 20
-# What a disk says that is full, read-only, broken or gone.
-DISK_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENOTDIR}
-
-
-def pretrain(config: Config, *, world_size: int) -> int:
-    """Train as the config says; every rank of the job calls this.
-
-    Args:
-        config: not yet resolved.
-        world_size: ranks of the job.
-
-    Returns:
-        The exit code: 0, or ``EXIT_STOPPED`` after a signal or ``--exit-duration-in-mins``.
-
-    Raises:
-        UsageError: bad input, before training starts; or gradients that stay non-finite.
-        LostRankError: a collective of the training failed, because another rank died or hangs.
-    """
-    config, tokenizer, resume_from = check(config, world_size)
-    device.adapt_megatron()
-    try:
-        device.init_process_group(config.parallel.distributed_timeout_minutes)
-        with run_lock.held(config):
-            return _pretrain(config, tokenizer, resume_from)
-    except OSError as error:
-        if error.errno not in DISK_FAILURES:
-            raise
-        where = error.filename or config.logging.run_dir
-        raise UsageError(
-            f"{where}: {error.strerror}; mend the disk or name another place, and go on from the last checkpoint"
-        ) from error
-    except RuntimeError as error:
-        message = heartbeats.explain(error, "before the first iteration, or after the last one,")
-        if message is None:
-            raise
-        raise LostRankError(message) from error
-
-
-def _pretrain(config: Config, tokenizer: Any, resume_from: Path | None) -> int:
-    """Train into folders that this job alone writes; see :func:`pretrain`."""
-    if dist.get_rank() == 0:
-        heartbeats.clear(config.logging.run_dir)
-    agree(config, resume_from)
-    resume_from = verify(config, resume_from)
-    trainer = Trainer(config, tokenizer, resume_from)
-    with trainer.stop_requests.listening(), trainer.heartbeats.beating(), launcher_reports() as trainer.report_alive:
-        try:
-            trainer.train()
-        except BaseException as error:  # what saving raises is no Exception
-            if message := trainer.heartbeats.explain(error):
-                raise LostRankError(message) from error
-            raise
-        finally:
-            trainer.close_reports()
-        # A launcher ends all ranks when the first one leaves with another code than 0: rank 0 may not be done yet.
-        if trainer.stopped:
-            dist.barrier()
-    # Only after success: a rank that fails alone must not wait for the others in the process groups' destructors.
-    trainer.leave_groups()
-    return EXIT_STOPPED if trainer.stopped else 0
 
 
 class Trainer:

@@ -34,6 +34,8 @@ from megatron_hyperp.training.checkpointing import (
     checkpoint_folder,
     complete_checkpoints,
     config_text,
+    first_failure,
+    first_line,
     iteration_of,
     keeps_fp8_history,
     layout,
@@ -162,8 +164,8 @@ class Saver:
         except (OSError, RuntimeError, CheckpointException) as error:
             if isinstance(error, RuntimeError) and explain(error, ""):
                 raise
-            reason = next((failure[0] for failure in getattr(error, "failures", {}).values()), error)
-            told = getattr(reason, "strerror", None) or str(reason).splitlines()[0][:200]
+            reason = first_failure(error)
+            told = getattr(reason, "strerror", None) or first_line(reason)
             with suppress(OSError):
                 told += f"; {shutil.disk_usage(self._root).free:,} bytes are free there"
             raise UsageError(
@@ -195,9 +197,10 @@ def _check_finite(state: dict[str, Any], iteration: int) -> None:
     """
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
+    # Several shards of a rank may have one name.
     held = ((getattr(entry, "key", ""), getattr(entry, "data", None)) for entry in nested_values(state))
-    tensors = {key: data for key, data in held if isinstance(data, torch.Tensor) and data.is_floating_point()}
-    mine = next((key for key, data in tensors.items() if not bool(torch.isfinite(data).all())), None)
+    tensors = ((key, data) for key, data in held if isinstance(data, torch.Tensor) and data.is_floating_point())
+    mine = next((key for key, data in tensors if not bool(torch.isfinite(data).all())), None)
     found: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     rank = next((rank for rank, name in enumerate(found) if name), None)

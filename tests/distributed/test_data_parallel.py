@@ -180,7 +180,7 @@ FIFTY = {"train_iters": 50, "global_batch_size": 32, "micro_batch_size": 4}
 
 def train_fifty(prefix: str, folder: str, overrides: dict[str, Any]) -> list[dict[str, Any]]:
     from megatron_hyperp.training.logging import read_metrics
-    from megatron_hyperp.training.loop import pretrain
+    from megatron_hyperp.training.pretrain import pretrain
 
     pretrain(toy_config(prefix, Path(folder), **FIFTY, **overrides), world_size=int(os.environ["WORLD_SIZE"]))
     return read_metrics(Path(folder))
@@ -206,7 +206,7 @@ LONG = {
 
 def train_long(prefix: str, folder: str) -> list[dict[str, Any]]:
     from megatron_hyperp.training.logging import read_metrics
-    from megatron_hyperp.training.loop import pretrain
+    from megatron_hyperp.training.pretrain import pretrain
 
     pretrain(toy_config(prefix, Path(folder), **LONG), world_size=int(os.environ["WORLD_SIZE"]))
     return read_metrics(Path(folder))

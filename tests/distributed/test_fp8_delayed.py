@@ -123,7 +123,7 @@ def test_layouts_agree(alone: Found, corpus: str, tmp_path: Path) -> None:
 
 
 def pretrain_all(prefix: str, folder: str, runs: dict[str, dict[str, Any]], ports: dict[str, int]) -> None:
-    from megatron_hyperp.training.loop import pretrain
+    from megatron_hyperp.training.pretrain import pretrain
 
     for name, overrides in runs.items():
         os.environ["MASTER_PORT"] = str(ports[name])

@@ -76,7 +76,7 @@ REFERENCES = {
 
 
 def train_all(prefix: str, folder: str, runs: Runs, ports: dict[str, int]) -> None:
-    from megatron_hyperp.training.loop import pretrain
+    from megatron_hyperp.training.pretrain import pretrain
 
     for name, overrides in runs.items():
         os.environ["MASTER_PORT"] = str(ports[name])
@@ -172,7 +172,7 @@ IDLE = {**SPARSE, "seq_length": 8, "micro_batch_size": 1, "global_batch_size": 4
 
 
 def train_idle(prefix: str, folder: str, overrides: dict[str, Any]) -> list[dict[str, Any]]:
-    from megatron_hyperp.training.loop import pretrain
+    from megatron_hyperp.training.pretrain import pretrain
 
     config = toy_config(prefix, Path(folder), **{**MOE, **IDLE, **overrides})
     pretrain(config, world_size=int(os.environ["WORLD_SIZE"]))

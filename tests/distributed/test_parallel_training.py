@@ -66,7 +66,7 @@ ALL = [name for layouts in LAYOUTS.values() for name in layouts]
 
 
 def train_all(prefix: str, folder: str, layouts: dict[str, dict[str, Any]], ports: dict[str, int]) -> None:
-    from megatron_hyperp.training.loop import pretrain
+    from megatron_hyperp.training.pretrain import pretrain
 
     for name, overrides in layouts.items():
         os.environ["MASTER_PORT"] = str(ports[name])

@@ -41,7 +41,7 @@ CASES = [
 
 
 def train(prefix: str, folder: str, runs: dict[str, dict[str, Any]], ports: dict[str, int]) -> None:
-    from megatron_hyperp.training.loop import pretrain
+    from megatron_hyperp.training.pretrain import pretrain
 
     for name, overrides in runs.items():
         os.environ["MASTER_PORT"] = str(ports[name])

@@ -24,7 +24,7 @@ from megatron_hyperp import checksums
 from megatron_hyperp.training.checkpointing import candidates, complete_checkpoints, iteration_of
 from megatron_hyperp.training.logging import METRICS_FILE, read_events, read_metrics
 from tests.functional.launch import ROOT, assert_same_run
-from tests.run_distributed import free_port
+from tests.run_distributed import free_port, torchrun_environment
 
 # Runs in a rank before the entry point does.
 Plant = Callable[[], Any]
@@ -65,14 +65,7 @@ def context() -> Any:
 
 
 def _rank(rank: int, ranks: int, port: int, words: Sequence[str], place: Path, log: Path, plant: Plant | None) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(ranks),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        WANDB_MODE="offline",
-    )
+    os.environ |= torchrun_environment(rank, ranks, port) | {"WANDB_MODE": "offline"}
     for number, suffix in ((1, ".out"), (2, ".err")):
         descriptor = os.open(log.with_suffix(suffix), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
         os.dup2(descriptor, number)
@@ -155,6 +148,16 @@ class Job:
     def rows(self) -> int:
         """Iterations whose metrics are written."""
         return len(read_metrics(self.folder)) if (self.folder / METRICS_FILE).exists() else 0
+
+    def wait_for_rows(self, started: Started, rows: int) -> bool:
+        """Wait until so many iterations have written metrics; return whether no rank ended before."""
+        deadline = time.monotonic() + 120
+        while self.rows() < rows:
+            if not all(process.is_alive() for process in started.processes):
+                return False
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return True
 
     def lost_checkpoints(self, keep: int = 2) -> int:
         """Bytes of the newest completed checkpoints, those that a run keeps, that are not there or not sound."""

@@ -18,7 +18,7 @@ PLACES = {
     "load": ("training/checkpointing.py", "training/compatibility.py", "hyperp/pickles.py"),
     "datasets": ("data/datasets.py", "data/indexed.py", "data/batches.py"),
     "optimizer": ("optim/distributed.py", "optim/buckets.py", "optim/muonh.py", "optim/data_parallel.py"),
-    "loop": ("training/loop.py", "training/logging.py", "training/meter.py"),
+    "loop": ("training/loop.py", "training/pretrain.py", "training/logging.py", "training/meter.py"),
 }
 
 

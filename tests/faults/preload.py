@@ -7,4 +7,4 @@ device.adapt_megatron()
 
 import megatron_hyperp.model.build  # noqa: E402
 import megatron_hyperp.optim.distributed  # noqa: E402
-import megatron_hyperp.training.loop  # noqa: F401,E402
+import megatron_hyperp.training.pretrain  # noqa: F401,E402

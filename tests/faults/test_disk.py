@@ -7,14 +7,13 @@ import os
 import random
 import shutil
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.faults.conftest import LAYOUTS, Undisturbed
-from tests.faults.job import Job, Started, assert_told
+from tests.faults.job import Job, assert_told
 from tests.faults.ledger import Fault
 from tests.faults.planting import FailingCall
 from tests.faults.seeds import seeds
@@ -28,6 +27,10 @@ def mount(*words: str) -> bool:
     return subprocess.run(["mount", *words], check=False, capture_output=True).returncode == 0
 
 
+def unmount(place: Path) -> None:
+    subprocess.run(["umount", "--lazy", str(place)], check=False, capture_output=True)
+
+
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of its own for a job, of 64 MB."""
@@ -36,14 +39,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
     if not mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", str(place)):
         pytest.skip("a tmpfs cannot be mounted here")
     yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=False, capture_output=True)
-
-
-def wait_for_rows(job: Job, started: Started, rows: int) -> None:
-    deadline = time.monotonic() + 120
-    while job.rows() < rows and all(process.is_alive() for process in started.processes):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    unmount(place)
 
 
 @mounts
@@ -72,13 +68,13 @@ def test_a_disk_that_becomes_read_only(seed: int, undisturbed: Runs, disk: Path,
     picked, run = random.Random(seed), undisturbed(list(LAYOUTS)[seed % len(LAYOUTS)])
     job = Job(disk / "job", run.config, run.flags)
     started = job.start()
-    wait_for_rows(job, started, picked.randrange(1, 20))
+    job.wait_for_rows(started, picked.randrange(1, 20))
     # Files that are open for writing keep a disk from becoming read-only: what is above it may.
     if not mount("--bind", str(job.folder / "checkpoints"), str(job.folder / "checkpoints")):
         pytest.skip("a folder cannot be mounted here")
     mount("-o", "remount,ro,bind", str(job.folder / "checkpoints"))
     ending = started.wait()
-    subprocess.run(["umount", "--lazy", str(job.folder / "checkpoints")], check=False, capture_output=True)
+    unmount(job.folder / "checkpoints")
     assert_told(ending)
     lost = job.lost_checkpoints()
     assert lost == 0
@@ -91,7 +87,7 @@ def test_a_save_folder_that_vanishes(seed: int, undisturbed: Runs, tmp_path: Pat
     picked, run = random.Random(seed), undisturbed(list(LAYOUTS)[seed % len(LAYOUTS)])
     job = Job(tmp_path / "job", run.config, run.flags)
     started = job.start()
-    wait_for_rows(job, started, picked.randrange(1, 20))
+    job.wait_for_rows(started, picked.randrange(1, 20))
     there, away = job.folder / "checkpoints", tmp_path / "away"
     there.rename(away)
     there.write_text("no folder")

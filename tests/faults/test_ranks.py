@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ import psutil
 import pytest
 
 from tests.faults.conftest import LAYOUTS, Undisturbed
-from tests.faults.job import Job, Started, assert_told
+from tests.faults.job import Job, assert_told
 from tests.faults.ledger import Fault
 from tests.faults.planting import AtLine, Clock
 from tests.faults.seeds import seeds
@@ -119,21 +118,13 @@ def test_a_clock_that_jumps(rank: int, days: int, undisturbed: Runs, tmp_path: P
     record(Fault("clock jumps", "bit for bit"))
 
 
-def _wait_for(job: Job, started: Started, rows: int) -> None:
-    deadline = time.monotonic() + 120
-    while job.rows() < rows:
-        assert all(process.is_alive() for process in started.processes)
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_data_loader_dies(rank: int, undisturbed: Runs, tmp_path: Path, record: Record) -> None:
     run = undisturbed("dp2")
     job = Job(tmp_path / "job", run.config, (*run.flags, "--num-workers", 1))
     started = job.start()
-    _wait_for(job, started, 4)
+    assert job.wait_for_rows(started, 4)
     loaders = [
         child
         for child in psutil.Process(started.processes[rank].pid).children()
@@ -156,7 +147,7 @@ def test_the_process_that_writers_report_to_dies(
     job = Job(tmp_path / "job", run.config, run.flags)
     started = job.start()
     # After the first save has begun it.
-    _wait_for(job, started, 10)
+    assert job.wait_for_rows(started, 10)
     helpers = [
         child
         for child in psutil.Process(started.processes[rank].pid).children()
@@ -178,7 +169,7 @@ def test_two_jobs_on_one_run_folder(undisturbed: Runs, tmp_path: Path, record: R
     run = undisturbed("dp2")
     job = Job(tmp_path / "job", run.config, run.flags)
     started = job.start()
-    _wait_for(job, started, 2)
+    assert job.wait_for_rows(started, 2)
     second = Job(tmp_path / "second", run.config, run.flags)
     words = [word.replace("run", str(job.folder)) if word.startswith("run") else word for word in job.words()]
     ending = second.run(words=dict.fromkeys(range(2), words))

@@ -73,3 +73,7 @@ def test_a_corpus_made_anew_forgets_old_checksums(prefix: str, tmp_path: Path) -
     for suffix in (".bin", ".idx", ".checksums.json"):
         shutil.copy(f"{prefix}{suffix}", other)
     assert check_content(str(other / "toy"))
+    # Under another name nothing is known of the files.
+    for suffix in (".bin", ".idx", ".checksums.json"):
+        (other / f"toy{suffix}").rename(other / f"new{suffix}")
+    assert not check_content(str(other / "new"))

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import dataclass
 from queue import Empty, Queue
 
 import pytest
+import torch
 
-from megatron_hyperp.training.saving import _Packed
+from megatron_hyperp.errors import UsageError
+from megatron_hyperp.training.saving import _check_finite, _Packed
 from tests.functional.launch import ROOT
+from tests.toy import one_rank
+
+
+@dataclass
+class Shard:
+    key: str
+    data: torch.Tensor
 
 
 def test_values_are_bytes_to_the_process_between() -> None:
@@ -26,3 +36,12 @@ def test_the_entry_point_imports_no_torch_until_it_trains() -> None:
     """A new process imports it again, before it does what it is for."""
     code = "import sys; from examples import pretrain_gpt; pretrain_gpt.parser(); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_each_of_several_shards_of_one_name_must_be_finite() -> None:
+    """Halves of a fused weight and experts have one name on a rank."""
+    sound, bad = torch.zeros(2), torch.tensor([1.0, float("nan")])
+    with one_rank():
+        _check_finite({"model": [Shard("w", sound), Shard("w", sound)], "steps": 3}, 5)
+        with pytest.raises(UsageError, match="w of rank 0 is not finite after iteration 5, so nothing is saved"):
+            _check_finite({"model": [Shard("w", bad), Shard("w", sound)]}, 5)

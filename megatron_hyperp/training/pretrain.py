@@ -1,0 +1,79 @@
+"""Pretraining: from a config to a trained model. Reads top to bottom: check, join, agree, train."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_hyperp import device
+from megatron_hyperp.config import Config
+from megatron_hyperp.errors import EXIT_STOPPED, LostRankError, UsageError
+from megatron_hyperp.training import heartbeats, run_lock
+from megatron_hyperp.training.agreement import agree
+from megatron_hyperp.training.loop import Trainer
+from megatron_hyperp.training.preflight import check, verify
+from megatron_hyperp.training.resiliency import launcher_reports
+
+# What a disk says that is full, read-only, broken or gone.
+DISK_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENOTDIR}
+
+
+def pretrain(config: Config, *, world_size: int) -> int:
+    """Train as the config says; every rank of the job calls this.
+
+    Args:
+        config: not yet resolved.
+        world_size: ranks of the job.
+
+    Returns:
+        The exit code: 0, or ``EXIT_STOPPED`` after a signal or ``--exit-duration-in-mins``.
+
+    Raises:
+        UsageError: bad input, before training starts; or gradients that stay non-finite.
+        LostRankError: a collective of the training failed, because another rank died or hangs.
+    """
+    config, tokenizer, resume_from = check(config, world_size)
+    device.adapt_megatron()
+    try:
+        device.init_process_group(config.parallel.distributed_timeout_minutes)
+        with run_lock.held(config):
+            return _pretrain(config, tokenizer, resume_from)
+    except OSError as error:
+        if error.errno not in DISK_FAILURES:
+            raise
+        where = error.filename or config.logging.run_dir
+        raise UsageError(
+            f"{where}: {error.strerror}; mend the disk or name another place, and go on from the last checkpoint"
+        ) from error
+    except RuntimeError as error:
+        message = heartbeats.explain(error, "before the first iteration, or after the last one,")
+        if message is None:
+            raise
+        raise LostRankError(message) from error
+
+
+def _pretrain(config: Config, tokenizer: Any, resume_from: Path | None) -> int:
+    """Train into folders that this job alone writes; see :func:`pretrain`."""
+    if dist.get_rank() == 0:
+        heartbeats.clear(config.logging.run_dir)
+    agree(config, resume_from)
+    resume_from = verify(config, resume_from)
+    trainer = Trainer(config, tokenizer, resume_from)
+    with trainer.stop_requests.listening(), trainer.heartbeats.beating(), launcher_reports() as trainer.report_alive:
+        try:
+            trainer.train()
+        except BaseException as error:  # what saving raises is no Exception
+            if message := trainer.heartbeats.explain(error):
+                raise LostRankError(message) from error
+            raise
+        finally:
+            trainer.close_reports()
+        # A launcher ends all ranks when the first one leaves with another code than 0: rank 0 may not be done yet.
+        if trainer.stopped:
+            dist.barrier()
+    # Only after success: a rank that fails alone must not wait for the others in the process groups' destructors.
+    trainer.leave_groups()
+    return EXIT_STOPPED if trainer.stopped else 0
