@@ -78,12 +78,30 @@ def write_atomically(
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
-            if durable:
-                stream.flush()
-                os.fsync(stream.fileno())
+        if durable:
+            flush(temporary)
         os.replace(temporary, path)
+        if durable:
+            flush(path.parent)
     except OSError as error:
         raise UsageError(f"{path} cannot be written: {error.strerror}; {remedy}") from error
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or the names in a folder, are on the disk and outlast a loss of power.
+
+    Raises:
+        OSError: they cannot be written there.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems flush no folders.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from megatron_hyperp import __version__, checksums
 from megatron_hyperp.config import Config
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.files import write_atomically
+from megatron_hyperp.files import flush, write_atomically
 from megatron_hyperp.processes import bound_children, serve_parent_alone
 from megatron_hyperp.training.checkpointing import (
     RADII,
@@ -182,6 +182,8 @@ class Saver:
             if saved.folder.exists():
                 os.replace(saved.folder, saved.folder.with_name(f"partial_old_{saved.folder.name}"))
             os.replace(partial, saved.folder)
+            # Nor does a loss of power leave a tracker that names nothing, or drop what this replaces.
+            flush(self._root)
             write_atomically(self._root / TRACKER, f"{saved.iteration}\n", durable=True)
             drop_old(self._root, self._config.checkpoint.keep, saved.iteration)
         dist.barrier()
@@ -225,11 +227,14 @@ def _prepare(folder: Path, config: Config) -> Path:
 
 
 def _checksums(folder: Path) -> dict[str, checksums.Checksum]:
-    """Take the checksums of all files; each rank reads those that it has written, and all get them; collective."""
+    """Take the checksums of all files, on the disk by then; each rank reads those that it has written; collective."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     own = {path.name: checksums.checksum(path) for path in folder.glob(f"__{rank}_*.distcp")}
     if rank == 0:
         others = [path for path in folder.iterdir() if not path.name.endswith(".distcp")]
+        # Megatron-Core flushes the parts, and the names in the folder are flushed with the checksums.
+        for path in others:
+            flush(path)
         own |= {path.name: checksums.checksum(path) for path in others}
     parts: list[dict[str, checksums.Checksum]] = [{}] * ranks
     dist.all_gather_object(parts, own)
