@@ -34,7 +34,7 @@ class Undisturbed:
         flags: of its layout.
         straight: its folder.
         half: working folder of the run that has stopped at ``HALF``.
-        lines: executed on rank 1 from the beginning to the end, by place.
+        lines: executed by each rank from the beginning to the end, by place.
         resumed_lines: the same from the half to the end.
     """
 
@@ -42,8 +42,8 @@ class Undisturbed:
     flags: tuple[Any, ...]
     straight: Path
     half: Path
-    lines: dict[str, int]
-    resumed_lines: dict[str, int]
+    lines: list[dict[str, int]]
+    resumed_lines: list[dict[str, int]]
 
 
 @pytest.fixture(scope="session")
@@ -76,18 +76,19 @@ def _run(folder: Path, layout: str) -> Undisturbed:
     )
     config, flags = write_config(toy, folder / "toy.yaml"), LAYOUTS[layout]
     straight, half = Job(folder / "straight", config, flags), Job(folder / "half", config, flags)
-    ending = straight.run({1: Lines(folder / "lines")})
+    ending = straight.run({rank: Lines(folder / f"lines{rank}") for rank in range(2)})
     assert ending.codes == [0, 0], ending.errors
     ending = Job(half.place, config, (*flags, "--exit-interval", HALF)).run()
     assert ending.codes == [0, 0], ending.errors
     rest = Job(shutil.copytree(half.place, folder / "rest"), config, flags)
-    ending = rest.run({1: Lines(folder / "resumed_lines")})
+    ending = rest.run({rank: Lines(folder / f"resumed_lines{rank}") for rank in range(2)})
     assert ending.codes == [0, 0], ending.errors
-    counts = [
-        {place: int(count) for place, count in map(str.split, (folder / name).read_text().splitlines())}
-        for name in ("lines", "resumed_lines")
-    ]
+    counts = [[_counts(folder / f"{name}{rank}") for rank in range(2)] for name in ("lines", "resumed_lines")]
     return Undisturbed(config, flags, straight.folder, half.place, *counts)
+
+
+def _counts(file: Path) -> dict[str, int]:
+    return {place: int(count) for place, count in map(str.split, file.read_text().splitlines())}
 
 
 @pytest.fixture

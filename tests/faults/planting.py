@@ -7,7 +7,10 @@ import os
 import signal
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import util
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -40,18 +43,15 @@ class AtLine:
 
     def __call__(self) -> None:
         """Count from now on."""
-        last = max(1, round(self.share * self.lines))
-        count = 0
+        last, count = max(1, round(self.share * self.lines)), 0
 
-        def line(frame: FrameType, event: str, argument: Any) -> Any:
+        def strike(place: str) -> None:
             nonlocal count
-            if event == "line":
-                count += 1
-                if count == last:
-                    os.kill(os.getpid(), self.number)
-            return line
+            count += place == self.place
+            if place == self.place and count == last:
+                os.kill(os.getpid(), self.number)
 
-        _trace(self.place, line)
+        _on_lines(strike)
 
 
 @dataclass(frozen=True)
@@ -66,38 +66,33 @@ class Lines:
 
     def __call__(self) -> None:
         """Count from now on."""
-        import atexit
-
-        counts = dict.fromkeys(PLACES, 0)
-        pid = os.getpid()
-
-        def enter(frame: FrameType, event: str, argument: Any) -> Any:
-            name = frame.f_code.co_filename
-            place = next((place for place, files in PLACES.items() if name.endswith(files)), None)
-            if place is None:
-                return None
-
-            def line(frame: FrameType, event: str, argument: Any) -> Any:
-                counts[place] += event == "line"
-                return line
-
-            return line
+        counts: Counter[str] = Counter()
 
         def write() -> None:
-            if os.getpid() == pid:
-                self.file.write_text("".join(f"{place} {count}\n" for place, count in counts.items()))
+            self.file.write_text("".join(f"{place} {counts[place]}\n" for place in PLACES))
 
-        # Processes of multiprocessing leave without atexit.
-        from multiprocessing import util
-
+        # Processes of multiprocessing leave without atexit; those that are forked later have no part in it.
         util.Finalize(None, write, exitpriority=0)
-        atexit.register(write)
-        sys.settrace(enter)
+        _on_lines(lambda place: counts.update([place]))
 
 
-def _trace(place: str, line: Any) -> None:
-    files = PLACES[place]
-    sys.settrace(lambda frame, *_: line if frame.f_code.co_filename.endswith(files) else None)
+def _on_lines(act: Callable[[str], None]) -> None:
+    """Have ``act`` called with the place of each line of ``PLACES`` that this thread executes."""
+
+    def watching(place: str) -> Any:
+        def line(frame: FrameType, event: str, argument: Any) -> Any:
+            if event == "line":
+                act(place)
+            return line
+
+        return line
+
+    def enter(frame: FrameType, event: str, argument: Any) -> Any:
+        name = frame.f_code.co_filename
+        place = next((place for place, files in PLACES.items() if name.endswith(files)), None)
+        return watching(place) if place else None
+
+    sys.settrace(enter)
 
 
 @dataclass(frozen=True)
@@ -106,10 +101,12 @@ class Clock:
 
     Attributes:
         seconds: it jumps by.
+        proof: a file that is there once it has jumped.
         calls: of ``time.time`` until then.
     """
 
     seconds: float
+    proof: Path
     calls: int = 50
 
     def __call__(self) -> None:
@@ -118,6 +115,8 @@ class Clock:
 
         def jumping() -> float:
             left[0] -= 1
+            if left[0] == -1:
+                self.proof.touch()
             return honest() + (self.seconds if left[0] < 0 else 0)
 
         time.time = jumping
@@ -172,6 +171,47 @@ class Planted:
         return {**batch, "loss_mask": mask}
 
 
+@dataclass(frozen=True)
+class Flipped:
+    """One bit of a weight, on this rank alone.
+
+    Attributes:
+        save: before the save of which number, from 1; 0: after a backward pass.
+        step: after the backward pass of which step of this process, from 1.
+        proof: a file that is there once it has flipped.
+    """
+
+    save: int
+    step: int
+    proof: Path
+
+    def __call__(self) -> None:
+        """Have the trainer's step, or its save, flip it."""
+        from megatron_hyperp.training import loop
+
+        name, due = ("_save", self.save) if self.save else ("_train_batch", self.step)
+        done, original = [0], getattr(loop.Trainer, name)
+
+        def flip(trainer: Any) -> None:
+            import torch
+
+            trainer.optimizer.exchange.finish_param_sync()
+            content = _first(trainer).data.view(-1).view(torch.uint8)
+            content[len(content) // 2] ^= 1
+            self.proof.touch()
+
+        def flipping(trainer: Any, *words: Any) -> Any:
+            done[0] += 1
+            if self.save and done[0] == due:
+                flip(trainer)
+            result = original(trainer, *words)
+            if not self.save and done[0] == due:
+                flip(trainer)
+            return result
+
+        setattr(loop.Trainer, name, flipping)
+
+
 def _first(trainer: Any) -> Any:
     return next(iter(trainer.chunks[0].parameters()))
 
@@ -187,11 +227,13 @@ class FailingCall:
     Attributes:
         name: of the function.
         call: which one, from 1.
+        proof: a file that is there once it has failed.
         code: of errno.
     """
 
     name: str
     call: int
+    proof: Path
     code: int = errno.EIO
 
     def __call__(self) -> None:
@@ -201,6 +243,7 @@ class FailingCall:
         def failing(*words: Any, **named: Any) -> Any:
             left[0] -= 1
             if left[0] == 0:
+                self.proof.touch()
                 raise OSError(self.code, os.strerror(self.code))
             return original(*words, **named)
 

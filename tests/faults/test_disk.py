@@ -45,16 +45,17 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 @mounts
 @pytest.mark.parametrize("seed", seeds(1, 12))
 def test_a_full_disk(seed: int, undisturbed: Runs, disk: Path, tmp_path: Path, record: Record) -> None:
-    """So many bytes are left that a later save, or a row of metrics, finds no room."""
+    """So few bytes are left that the next save, or a row of metrics, finds no room."""
     picked, run = random.Random(seed), undisturbed(list(LAYOUTS)[seed % len(LAYOUTS)])
     job = Job(shutil.copytree(run.half, disk / "job"), run.config, run.flags, logs=tmp_path)
     newest = job.newest()
-    free = picked.randrange(sum(path.stat().st_size for path in newest.iterdir()) * 5 // 4)
+    free = picked.randrange(sum(path.stat().st_size for path in newest.iterdir()) * 9 // 10)
     filler = disk / "filler"
     room = shutil.disk_usage(disk).free - free
     with filler.open("wb") as stream:
         stream.write(bytes(room))
     ending = job.run()
+    assert any(ending.codes), "the fault did not strike"
     assert_told(ending)
     lost = job.lost_checkpoints()
     assert lost == 0
@@ -75,6 +76,7 @@ def test_a_disk_that_becomes_read_only(seed: int, undisturbed: Runs, disk: Path,
     mount("-o", "remount,ro,bind", str(job.folder / "checkpoints"))
     ending = started.wait()
     unmount(job.folder / "checkpoints")
+    assert any(ending.codes), "the fault did not strike"
     assert_told(ending)
     lost = job.lost_checkpoints()
     assert lost == 0
@@ -94,6 +96,7 @@ def test_a_save_folder_that_vanishes(seed: int, undisturbed: Runs, tmp_path: Pat
     ending = started.wait()
     there.unlink()
     away.rename(there)
+    assert any(ending.codes), "the fault did not strike"
     assert_told(ending)
     lost = job.lost_checkpoints()
     assert lost == 0
@@ -103,11 +106,14 @@ def test_a_save_folder_that_vanishes(seed: int, undisturbed: Runs, tmp_path: Pat
 @pytest.mark.parametrize("seed", seeds(0, 8))
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_call_that_fails(call: str, seed: int, undisturbed: Runs, tmp_path: Path, record: Record) -> None:
-    """The n-th call of a rank, anywhere in the run."""
+    """The n-th call, from the start of the run into its saves."""
     picked, run = random.Random(f"{call} {seed}"), undisturbed(list(LAYOUTS)[seed % len(LAYOUTS)])
     job = Job(shutil.copytree(run.half, tmp_path / "job"), run.config, run.flags)
     code = picked.choice([errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE])
-    ending = job.run({picked.randrange(2): FailingCall(call, picked.randrange(1, 8), code)})
+    proof = tmp_path / "proof"
+    # Rank 0 alone writes the config, the tracker and the checksums.
+    ending = job.run({0: FailingCall(call, picked.randrange(1, 9), proof, code)})
+    assert proof.exists(), "the fault did not strike"
     assert_told(ending)
     lost = job.lost_checkpoints()
     assert lost == 0

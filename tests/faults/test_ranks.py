@@ -29,8 +29,9 @@ def test_a_stopped_rank(seed: int, undisturbed: Runs, tmp_path: Path, record: Re
     picked, run = random.Random(seed), undisturbed(list(LAYOUTS)[seed % len(LAYOUTS)])
     place, rank = picked.choice(["save", "datasets", "optimizer", "loop"]), picked.randrange(2)
     job = Job(tmp_path / "job", run.config, run.flags)
-    stops = AtLine(place, picked.random(), run.lines[place], signal.SIGSTOP)
+    stops = AtLine(place, picked.uniform(0, 0.95), run.lines[rank][place], signal.SIGSTOP)
     ending = job.run({rank: stops}, stopped=[rank])
+    assert ending.codes[rank] == -signal.SIGKILL, "the fault did not strike"
     assert_told(ending, rank)
     lost = job.lost_checkpoints()
     assert lost == 0
@@ -45,9 +46,9 @@ def test_a_signalled_rank(seed: int, undisturbed: Runs, tmp_path: Path, record: 
     job = Job(tmp_path / "job", run.config, run.flags)
     number = picked.choice([signal.SIGTERM, signal.SIGUSR1])
     # Not among the last lines: after the last step a signal acts as usual.
-    ending = job.run({rank: AtLine(place, picked.uniform(0.3, 0.8), run.lines[place], number)})
+    ending = job.run({rank: AtLine(place, picked.uniform(0.3, 0.8), run.lines[rank][place], number)})
     assert not ending.hung
-    assert ending.codes in ([75, 75], [0, 0]), ending.errors
+    assert ending.codes == [75, 75], ending.errors
     assert job.lost_checkpoints() == 0
     steps = job.resumes(run.straight)
     assert steps == 0
@@ -112,7 +113,8 @@ def test_a_rank_with_other_code(undisturbed: Runs, tmp_path: Path, record: Recor
 def test_a_clock_that_jumps(rank: int, days: int, undisturbed: Runs, tmp_path: Path, record: Record) -> None:
     run = undisturbed("dp2")
     job = Job(tmp_path / "job", run.config, run.flags)
-    ending = job.run({rank: Clock(86400.0 * days)})
+    ending = job.run({rank: Clock(86400.0 * days, tmp_path / "proof")})
+    assert (tmp_path / "proof").exists(), "the fault did not strike"
     assert ending.codes == [0, 0], ending.errors
     assert_same_run(job.folder, run.straight)
     record(Fault("clock jumps", "bit for bit"))
@@ -133,7 +135,9 @@ def test_a_data_loader_dies(rank: int, undisturbed: Runs, tmp_path: Path, record
     for child in loaders:
         child.kill()
     assert loaders
-    assert_told(started.wait())
+    ending = started.wait()
+    assert any(ending.codes), "the fault did not strike"
+    assert_told(ending)
     record(Fault("data loader killed", "bit for bit", job.resumes(run.straight), job.lost_checkpoints()))
 
 
@@ -159,6 +163,7 @@ def test_the_process_that_writers_report_to_dies(
     ending = started.wait()
     # A writer that finds nobody to report to leaves a traceback of its own.
     assert not ending.hung
+    assert any(ending.codes), "the fault did not strike"
     assert set(ending.codes) <= {2, 76}, ending.errors
     assert ending.lines()
     record(Fault("writers' helper killed", "bit for bit", job.resumes(run.straight), job.lost_checkpoints()))
