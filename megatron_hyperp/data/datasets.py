@@ -313,6 +313,10 @@ def _is_whole_array(path: Path) -> bool:
     Megatron loads it with ``allow_pickle``: what is no array would be unpickled, and so run whatever it names.
     """
     try:
+        with path.open("rb") as stream:
+            # As numpy writes arrays of numbers; other versions may ask for a header of 4 GB.
+            if npy_format.read_magic(stream) != (1, 0):
+                return False
         array = npy_format.open_memmap(path, mode="r")
     except Exception:  # a damaged header is parsed as Python, and fails in any way
         return False

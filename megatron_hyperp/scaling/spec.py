@@ -116,7 +116,7 @@ class Spec:
             raise UsageError(f"{where} holds {value!r}; it must map names to values")
         for key in value:
             if known is not None and key not in known:
-                raise UsageError(f"{where}: key {key} is unknown; {meant(key, list(known))}")
+                raise UsageError(f"{where}: key {key} is unknown; {meant(str(key), list(known))}")
         return {str(key): item for key, item in value.items()}
 
     def _read_base(self, content: dict[str, Any]) -> tuple[Config, Settings]:

@@ -63,6 +63,7 @@ def resolved(content: Any, world_size: int = 1) -> Config:
 @example(b"a: !!python/object/apply:os.system [true]")
 @example(b'logging: {run_dir: "a\\0b"}')
 @example(b"? [a]\n: b")
+@example(b"?")
 @example(b"1" * 5000)
 @example(b"a: 1:" + b"59:" * 3000 + b"1")
 def test_yaml(tmp_path_factory: Any, content: bytes) -> None:

@@ -82,6 +82,7 @@ def of_objects() -> bytes:
 @example(pickle.dumps(Opened()))
 @example(inputs.npy().replace(b"rder': False, 'shape': (", b""))
 @example(of_objects())
+@example(inputs.npy().replace(b"NUMPY\1", b"NUMPY\3"))
 @example(inputs.npy().replace(b"'<i4'", b"'|V0'").replace(b"(3, 2)", b"(9999,)")[:128])
 @example(inputs.npy().replace(b"(3, 2)", b"(-3, -2)"[:8]).replace(b"'<i4'", b"'|O' "))
 def test_npy(folder: Path, content: bytes) -> None:

@@ -114,7 +114,7 @@ def index_with(folder: Path, changes: list[tuple[str, int, Any]]) -> bytes:
             entry.size = shape
         elif field == "chunks":
             entry.chunks = shape
-        elif field.startswith("chunk.") and hasattr(entry.chunks[0], "sizes"):
+        elif field.startswith("chunk.") and entry.chunks and hasattr(entry.chunks[0], "sizes"):
             object.__setattr__(entry.chunks[0], field.removeprefix("chunk."), shape)
         elif field == "dtype":
             object.__setattr__(entry.properties, "dtype", value)
@@ -139,6 +139,7 @@ def index_with(folder: Path, changes: list[tuple[str, int, Any]]) -> bytes:
 @example([("storage.path", 0, "/dev/zero")])
 @example([("storage.path", 0, "x" * 3000)])
 @example([("dtype", 0, "torch.float32")])
+@example([("chunks", 0, []), ("chunk.sizes", 0, None)])
 def test_index_of_a_checkpoint(folders: dict[str, Path], changes: list[tuple[str, int, Any]]) -> None:
     folder = folders["hyperp"]
     with replaced(folder / ".metadata", index_with(folder, changes)):
