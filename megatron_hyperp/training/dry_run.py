@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron_hyperp import device
 from megatron_hyperp.config import Config, micro_batches
 from megatron_hyperp.data.tokenizer import load_tokenizer
+from megatron_hyperp.errors import UsageError
 from megatron_hyperp.hardware import GIB
 from megatron_hyperp.planning.activations import activation_bytes
 from megatron_hyperp.planning.layouts import Cluster, evaluate
@@ -65,7 +66,7 @@ def dry_run(config: Config, cluster: Cluster, *, rank: int | None, log: Callable
         log: receives the report.
 
     Raises:
-        UsageError: the config cannot run on so many ranks.
+        UsageError: the config cannot run on so many ranks, or a rank does not fit, which is told after the report.
     """
     gpus = cluster.gpus
     asked, tokens = config, None
@@ -81,15 +82,21 @@ def dry_run(config: Config, cluster: Cluster, *, rank: int | None, log: Callable
     log("\n".join([*run_lines(plan), f"layout         {layout.describe()}: divides", "", *cost_lines(layout)]))
     stages = resolved.parallel.pipeline_model_parallel_size
     ranks = [rank] if rank is not None else [0, gpus - 1] if stages > 1 else [0]
+    most = 0.0
     for number in ranks:
         built = build_rank(resolved, gpus, number)
         memories = {f"rank {number}, built": built.memory, "fullest rank, planned": layout.memory}
         need = max(memory.total for memory in memories.values())
-        verdict = "fits" if need <= cluster.usable else "DOES NOT FIT"
+        most, verdict = max(most, need), "fits" if need <= cluster.usable else "DOES NOT FIT"
         lines = ["", *_position_lines(built, cluster), "", *memory_table(memories)]
         lines += [f"  {need / GIB:.1f} GiB {verdict} into {cluster.usable / GIB:.1f} GiB", ""]
         lines += ["\n\n".join(built.report), "", *aligned(built.ownership, right=lambda column: column > 0)]
         log("\n".join(lines))
+    if most > cluster.usable:
+        raise UsageError(
+            f"a rank needs {most / GIB:.1f} GiB, and may use {cluster.usable / GIB:.1f} GiB of its {cluster.gpu.name};"
+            f" take a layout from tools/plan_run.py --gpus {gpus}, or more GPUs"
+        )
 
 
 @contextlib.contextmanager

@@ -193,6 +193,7 @@ REFUSED = {
     "--global-batch-size 12": "--global-batch-size 12 is not divisible by",
     "--alarm word": "alarm",
     "--vocab-size 7 --tokenizer-model null:64": "more than --vocab-size 7",
+    "--micro-batch-size 65536 --global-batch-size 524288": "may use 71.1 GiB of its H100; take a layout",
 }
 
 
