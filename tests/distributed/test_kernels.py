@@ -14,7 +14,7 @@ from tests import tolerances
 from tests.run_distributed import run_distributed
 from tests.toy import EXPERTS, rows_of_training, toy_config, write_corpus
 
-ITERATIONS = 10
+ITERATIONS = 5
 UNFUSED = {"attention_backend": "local"}
 SDPA = {"attention_backend": "sdpa"}
 FUSED = {"gradient_accumulation_fusion": True}

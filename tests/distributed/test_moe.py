@@ -211,9 +211,11 @@ def train_resharded(prefix: str, folder: str, runs: Runs, ports: dict[str, int])
 def test_checkpoints_reshard_over_expert_parallel_ranks(tmp_path: Path) -> None:
     prefix, store = write_corpus(tmp_path), str(tmp_path / "store")
     saved = {**EP2, **TP2}
-    batches: list[tuple[int, Runs]] = [(4, {"whole": saved, "first": {**saved, "save": store, "exit_interval": 5}})]
+    batches: list[tuple[int, Runs]] = [(4, {"whole": {**saved, "save": store, "save_interval": 5}})]
     for size in (1, 2, 4):
-        chosen = {name: {**run, "load": store} for name, (ranks, run) in RESHARDED.items() if ranks == size}
+        chosen = {
+            name: {**run, "load": f"{store}/iter_0000005"} for name, (ranks, run) in RESHARDED.items() if ranks == size
+        }
         batches.append((size, chosen))
     for size, chosen in batches:
         run_distributed(train_resharded, size, prefix, str(tmp_path), chosen, {name: free_port() for name in chosen})

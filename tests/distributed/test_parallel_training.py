@@ -16,6 +16,7 @@ from tests import tolerances
 from tests.run_distributed import free_port, run_distributed
 from tests.toy import toy_config, write_corpus
 
+BATCH = {"global_batch_size": 16, "micro_batch_size": 4}
 # Several buckets, so that reductions and gathers do run beside the passes.
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 30000}
 LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
@@ -70,7 +71,8 @@ def train_all(prefix: str, folder: str, layouts: dict[str, dict[str, Any]], port
 
     for name, overrides in layouts.items():
         os.environ["MASTER_PORT"] = str(ports[name])
-        pretrain(toy_config(prefix, Path(folder) / name, **overrides), world_size=int(os.environ["WORLD_SIZE"]))
+        config = toy_config(prefix, Path(folder) / name, **BATCH, **overrides)
+        pretrain(config, world_size=int(os.environ["WORLD_SIZE"]))
         gc.collect()  # process groups live on in the cycles of a dropped model, with their threads and sockets
 
 

@@ -15,7 +15,7 @@ from tests.run_distributed import free_port, run_distributed
 from tests.toy import toy_config, write_corpus
 
 SAVED = {"tensor_model_parallel_size": 2}
-MODEL = {"num_query_groups": 4, "train_iters": 10}
+MODEL = {"num_query_groups": 4, "train_iters": 10, "global_batch_size": 16, "micro_batch_size": 4}
 # The run that saves after 5 of its 10 iterations uses TP2 x DP2; others go on from there under one of these.
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -59,11 +59,10 @@ def losses(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], di
     saving: dict[str, dict[str, Any]] = {}
     loading: dict[int, dict[str, dict[str, Any]]] = {}
     for kind, fields in KINDS.items():
-        saving[f"{kind}/whole"] = {**SAVED, **fields}
-        saving[f"{kind}/first"] = {**SAVED, **fields, "save": str(folder / kind / "store"), "exit_interval": 5}
+        saving[f"{kind}/whole"] = {**SAVED, **fields, "save": str(folder / kind / "store"), "save_interval": 5}
     for kind, layout in CASES:
         size, fields = LAYOUTS[layout]
-        resumed = {**fields, **KINDS[kind], "load": str(folder / kind / "store")}
+        resumed = {**fields, **KINDS[kind], "load": str(folder / kind / "store" / "iter_0000005")}
         loading.setdefault(size, {})[f"{kind}/{layout}"] = resumed
     run_distributed(train, 4, prefix, str(folder), saving, {name: free_port() for name in saving})
     for size, runs in loading.items():
