@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import random
 import socket
@@ -16,13 +17,27 @@ import torch
 import torch.multiprocessing as mp
 
 
+# Below the ports that the system gives to outgoing connections.
+_PORTS = range(10000, 32768)
+
+
 def free_port() -> int:
-    """Return a TCP port that is free now, and stays so: the system does not give it to outgoing connections."""
-    while True:
-        port = random.randrange(10000, 32768)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("", port))
-            return port
+    """Return a TCP port that is free, and that no test on this machine is given again before all others were.
+
+    Ports are drawn long before ranks listen on them: that they are free when drawn is not enough.
+    """
+    with (Path(tempfile.gettempdir()) / f"megatron_hyperp_tests_{os.getuid()}.port").open("a+") as last:
+        fcntl.flock(last, fcntl.LOCK_EX)
+        last.seek(0)
+        port = int(last.read() or random.choice(_PORTS))
+        while True:
+            port = _PORTS[(_PORTS.index(port) + 1) % len(_PORTS)]
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("", port))
+                break
+        last.truncate(0)
+        last.write(str(port))
+    return port
 
 
 def torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
