@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-
 # Below the ports that the system gives to outgoing connections.
 _PORTS = range(10000, 32768)
 

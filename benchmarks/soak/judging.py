@@ -34,6 +34,7 @@ class Sample:
         rank: of the run.
         pid: of its process.
         mib: resident memory, MiB.
+        shared: the part of it that is pages of files and shared memory, MiB, which the system may take away.
         threads: of the process.
         files: open descriptors.
         children: processes of its own: loaders, the writers of checkpoints.
@@ -44,6 +45,7 @@ class Sample:
     rank: int
     pid: int
     mib: float
+    shared: float
     threads: int
     files: int
     children: int
@@ -60,7 +62,7 @@ def read_samples(path: Path) -> list[Sample]:
     with path.open(newline="") as stream:
         return [
             Sample(float(row["minutes"]), row["run"], int(row["rank"]), int(row["pid"]), float(row["mib"]),
-                   int(row["threads"]), int(row["files"]), int(row["children"]))
+                   float(row["shared"]), int(row["threads"]), int(row["files"]), int(row["children"]))
             for row in csv.DictReader(stream)
         ]  # fmt: skip
 
@@ -105,9 +107,11 @@ def _growth(samples: Sequence[Sample], rank: int) -> bool:
     if len(warm) < 3:
         raise UsageError(f"the soak lasted less than the warm-up of {WARM_UP:g} minutes; give more --minutes")
     grows = slope((sample.minutes, sample.mib) for sample in warm)
+    own = slope((sample.minutes, sample.mib - sample.shared) for sample in warm)
     print(
         f"rank {rank}, undisturbed: {warm[0].mib:.0f} to {warm[-1].mib:.0f} MiB after {WARM_UP:g} min of warm-up,"
-        f" {grows:+.3f} MiB/min; {_range(warm, 'threads')} threads, {_range(warm, 'files')} files"
+        f" {grows:+.3f} MiB/min, {own:+.3f} without pages of files;"
+        f" {_range(warm, 'threads')} threads, {_range(warm, 'files')} files"
     )
     again = of(samples, RESTARTED, rank)
     lives = held_at_age(again)
@@ -125,7 +129,7 @@ def _growth(samples: Sequence[Sample], rank: int) -> bool:
     ]
     if leaks:
         print(f"rank {rank}: {' and '.join(leaks)} grow")
-    return grows < MOST_GROWTH and not between > MOST_GROWTH and not leaks
+    return max(grows, own) < MOST_GROWTH and not between > MOST_GROWTH and not leaks
 
 
 def _range(samples: Sequence[Sample], name: str) -> str:

@@ -124,9 +124,10 @@ class Training:
         """Yield what each rank holds now."""
         for rank, process in enumerate(self.ranks()):
             with suppress(psutil.Error), process.oneshot():
-                held = process.memory_info().rss / 2**20
+                memory = process.memory_info()
+                held = round(memory.rss / 2**20, 2), round(memory.shared / 2**20, 2)
                 counts = process.num_threads(), process.num_fds(), len(process.children())
-                yield Sample(minutes, self.folder.name, rank, process.pid, round(held, 2), *counts)
+                yield Sample(minutes, self.folder.name, rank, process.pid, *held, *counts)
 
 
 def main(argv: list[str]) -> int:
