@@ -257,6 +257,11 @@ class TrainingConfig:
     fp8_weight_scale: Literal["current", "sphere"] = knob(
         "current", "scales of weights: from the largest element, or fixed by the radius of the sphere (tensorwise)"
     )
+    fp8_param_gather: bool = knob(
+        False,
+        "gather new weights of FP8 layers from their owners in FP8: half the bytes, the same training; with --bf16 and"
+        " tensorwise",
+    )
     num_layers_at_start_in_bf16: int = knob(0, "first layers that stay out of FP8")
     num_layers_at_end_in_bf16: int = knob(0, "last layers that stay out of FP8")
     recompute_granularity: Literal["none", "selective", "full"] = knob(

@@ -31,6 +31,7 @@ def _check_fp8(config: Config) -> None:
         for flag, given in (
             ("--fp8-emulation", training.fp8_emulation),
             ("--fp8-weight-scale sphere", static),
+            ("--fp8-param-gather", training.fp8_param_gather),
             ("--num-layers-at-start-in-bf16", start),
             ("--num-layers-at-end-in-bf16", end),
         ):
@@ -50,6 +51,14 @@ def _check_fp8(config: Config) -> None:
             )
     else:
         _check_fp8_layers(config)
+    if training.fp8_param_gather:
+        if training.fp8_recipe != "tensorwise":
+            raise UsageError(
+                f"--fp8-param-gather sends a scale for each weight, which --fp8-recipe {training.fp8_recipe} has not;"
+                " give tensorwise, or leave it out"
+            )
+        if not training.bf16:
+            raise UsageError("--fp8-param-gather rounds weights that are in bf16 alone; give --bf16, or leave it out")
     if training.fp8_weight_scale == "sphere":
         if not training.fp8_emulation:
             raise UsageError(

@@ -3,11 +3,7 @@
 torchrun --standalone --nproc-per-node 2 benchmarks/replica_check_cost/run.py
 """
 
-import argparse
 import sys
-import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch.distributed as dist
@@ -15,24 +11,13 @@ import torch.distributed as dist
 # The benchmarks are no installed package.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from benchmarks.corpus import write_corpus
-from benchmarks.models import MODELS, VOCABULARY, config_of
+from benchmarks.models import VOCABULARY, config_of
+from benchmarks.ranks import run, seconds
 from benchmarks.turns import in_turns
-from megatron_hyperp import device
 from megatron_hyperp.errors import run_command
 
 INTERVAL = 100
 WARM_UPS = 2
-
-
-def seconds(work: Callable[[], object]) -> list[float]:
-    """Time something that all ranks do, from the moment at which all are ready."""
-    dist.barrier()
-    device.synchronize()
-    started = time.perf_counter()
-    work()
-    device.synchronize()
-    return [time.perf_counter() - started]
 
 
 def measure(name: str, repeats: int, folder: Path, prefix: str) -> str:
@@ -42,9 +27,8 @@ def measure(name: str, repeats: int, folder: Path, prefix: str) -> str:
     from megatron_hyperp.data.tokenizer import load_tokenizer
     from megatron_hyperp.training.loop import Trainer
 
-    (folder / name).mkdir(exist_ok=True)
     ranks = dist.get_world_size()
-    config = config_of(name, folder / name, prefix, micro_batches=2 * ranks)
+    config = config_of(name, folder, prefix, micro_batches=2 * ranks)
     config.training.check_weight_hash_across_dp_replicas_interval = INTERVAL
     config = config.resolve(world_size=ranks, tokenizer_vocab_size=VOCABULARY)
     trainer = Trainer(config, load_tokenizer(f"null:{VOCABULARY}"), None)
@@ -67,28 +51,5 @@ def measure(name: str, repeats: int, folder: Path, prefix: str) -> str:
     )
 
 
-def main(argv: list[str]) -> None:
-    """Measure what is asked for; rank 0 prints it."""
-    parser = argparse.ArgumentParser(description="Time steps and comparisons of replicas, in turns.")
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="[all]")
-    parser.add_argument("--repeats", type=int, default=15, help="pairs of which the medians count [15]")
-    options = parser.parse_args(argv)
-    device.adapt_megatron()
-    device.init_process_group(2)
-    # All ranks read rank 0's corpus.
-    with tempfile.TemporaryDirectory() as own:
-        shared = [own]
-        dist.broadcast_object_list(shared, src=0)
-        folder = Path(shared[0])
-        prefixes = [write_corpus(folder, VOCABULARY) if dist.get_rank() == 0 else ""]
-        dist.broadcast_object_list(prefixes, src=0)
-        for name in options.models:
-            line = measure(name, options.repeats, folder, prefixes[0])
-            if dist.get_rank() == 0:
-                print(line, flush=True)
-        dist.barrier()
-    dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    run_command(main)
+    run_command(lambda argv: run(argv, "Time steps and comparisons of replicas, in turns.", measure))

@@ -13,7 +13,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_hyperp import device, libraries
 from megatron_hyperp.config import Config
 from megatron_hyperp.model.delayed import DelayedEmulation, DelayedScales
-from megatron_hyperp.model.fp8 import Emulation, Fp8ColumnParallelLinear, Fp8Recipe, Fp8RowParallelLinear
+from megatron_hyperp.model.fp8 import Emulation, Fp8ColumnParallelLinear, Fp8Recipe, Fp8RowParallelLinear, fp8_layers
 from megatron_hyperp.model.init import initialize
 from megatron_hyperp.model.layer_specs import block_spec
 from megatron_hyperp.moe.balance import Balance
@@ -175,11 +175,8 @@ def emulate_fp8(chunk: torch.nn.Module, config: Config, scales: DelayedScales | 
         static_weights=training.fp8_weight_scale == "sphere",
         radius_scale=config.optimizer.radius_scale,
     )
-    last = config.model.num_layers - training.num_layers_at_end_in_bf16
-    layer: Any
-    for layer in chunk.modules():
-        if hasattr(layer, "self_attention") and training.num_layers_at_start_in_bf16 < layer.layer_number <= last:
-            _emulate_in_layer(layer, recipe, scales)
+    for layer in fp8_layers(chunk, config):
+        _emulate_in_layer(layer, recipe, scales)
 
 
 def _emulate_in_layer(layer: Any, recipe: Fp8Recipe, scales: DelayedScales | None) -> None:

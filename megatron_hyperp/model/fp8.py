@@ -9,16 +9,18 @@ other dimension where scales are per block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
+from megatron_hyperp.config import Config
 from megatron_hyperp.optim.sphere import muonh_radius
-from megatron_hyperp.parameters import partition_dim
+from megatron_hyperp.parameters import global_shape, is_expert
 
 Format = Literal["e4m3", "e5m2"]
 Scaling = Literal["tensorwise", "rowwise", "blockwise", "mxfp8"]
@@ -61,9 +63,13 @@ def round_trip(x: torch.Tensor, fmt: Format, scale: torch.Tensor) -> torch.Tenso
         fmt: a key of :data:`DTYPES`.
         scale: broadcasts against x.
     """
+    return (encoded(x, fmt, scale).float() / scale).to(x.dtype)
+
+
+def encoded(x: torch.Tensor, fmt: Format, scale: torch.Tensor) -> torch.Tensor:
+    """Round to FP8: x times ``scale``, clamped to the format's range, in the format's dtype; else as round_trip."""
     largest = LARGEST[fmt]
-    scaled = (x.float() * scale).clamp(-largest, largest)
-    return (scaled.to(DTYPES[fmt]).float() / scale).to(x.dtype)
+    return (x.float() * scale).clamp(-largest, largest).to(DTYPES[fmt])
 
 
 def scale_of(amax: torch.Tensor, fmt: Format, *, power_of_two: bool = False) -> torch.Tensor:
@@ -144,6 +150,55 @@ def sphere_scale(shape: tuple[int, ...], radius_scale: float) -> float:
     return float(torch.exp2(torch.floor(torch.log2(torch.tensor(LARGEST["e4m3"] / (SPHERE_CLIP * rms))))))
 
 
+def fp8_layers(chunk: torch.nn.Module, config: Config) -> Iterator[Any]:
+    """Yield the transformer layers of a chunk that run in FP8: all but the first and last that are kept out of it."""
+    training = config.training
+    last = config.model.num_layers - training.num_layers_at_end_in_bf16
+    layer: Any
+    for layer in chunk.modules():
+        if hasattr(layer, "self_attention") and training.num_layers_at_start_in_bf16 < layer.layer_number <= last:
+            yield layer
+
+
+@dataclass(frozen=True, slots=True)
+class WeightScale:
+    """Where the scale of a weight comes from, tensorwise.
+
+    Attributes:
+        fixed: the scale itself, of the sphere; None: from the largest element.
+        group: ranks that hold the other parts of the matrix and share its scale; None where each part has its own.
+    """
+
+    fixed: float | None
+    group: dist.ProcessGroup | None
+
+
+def weight_scales(chunk: torch.nn.Module, config: Config) -> dict[torch.nn.Parameter, WeightScale]:
+    """Return the weights that a chunk's layers round with one scale each, as their products do.
+
+    Args:
+        chunk: of the model, with Megatron's process groups.
+        config: resolved; FP8 is on, and "tensorwise".
+    """
+    training = config.training
+    tensor = parallel_state.get_tensor_model_parallel_group()
+    expert_tensor = parallel_state.get_expert_tensor_parallel_group() if config.moe.num_experts else tensor
+    found = {}
+    for layer in fp8_layers(chunk, config):
+        for name, parameter in layer.named_parameters():
+            # Not the gains of norms that are fused with a linear layer.
+            if "linear_" not in name or parameter.ndim != 2:
+                continue
+            group = expert_tensor if is_expert(parameter) else tensor
+            fixed = None
+            if training.fp8_weight_scale == "sphere":
+                fixed = sphere_scale(global_shape(parameter, group.size()), config.optimizer.radius_scale)
+            # TransformerEngine scales each rank's part by itself.
+            shared = training.fp8_emulation and fixed is None
+            found[parameter] = WeightScale(fixed, group if shared else None)
+    return found
+
+
 class _StraightThrough(torch.autograd.Function):
     """Round on the way forward; gradients pass."""
 
@@ -201,9 +256,7 @@ class Emulation:
         """Round a tensor with scales from its own elements, or static ones."""
         del expert  # Where scales are kept, it says which.
         if role == "weight" and self.recipe.static_weights:
-            split = partition_dim(value)
-            shape = tuple(size * self.group.size() if dim == split else size for dim, size in enumerate(value.shape))
-            scale = sphere_scale(shape, self.recipe.radius_scale)
+            scale = sphere_scale(global_shape(value, self.group.size()), self.recipe.radius_scale)
             return round_trip(value, "e4m3", torch.tensor(scale, device=value.device))
         fmt, scaling = self.recipe.format(role), self.recipe.scaling
         return quantized(value, fmt, scaling, group=self.group, square=role == "weight", rows=rows)

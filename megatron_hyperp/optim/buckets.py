@@ -114,7 +114,8 @@ class Bucket:
         self._reduction: dist.Work | None = None
         self._gather: dist.Work | None = None
         stacks = _alike(self.parameters, shares)
-        fill, offsets, self._copied = _arrange(stacks, group.size())
+        fill, self._whole, self._copied = _arrange(stacks, group.size())
+        self.stacks = stacks
         # One collective moves equal slots.
         shape = (group.size(), aligned(max(fill)))
         self.gradients, self.weights = self._buffers(shape)
@@ -122,7 +123,7 @@ class Bucket:
         # What several ranks share lives beside the slots.
         beside = [stack for stack in stacks if len(stack.owners) > 1]
         self._gradients_beside, self._weights_beside = self._buffers((sum(stack.size for stack in beside),))
-        for stack, (rank, offset) in offsets:
+        for stack, (rank, offset) in self._whole:
             stack.live_in(self.weights[rank, offset:], self.gradients[rank, offset:])
         offset = 0
         for stack in beside:
@@ -184,14 +185,24 @@ class Bucket:
         for copied in self._mine():
             copied.gradients().mul_(factor)
 
+    def _fill_slot(self) -> None:
+        """Copy what this rank owns of shared tensors into its slot."""
+        for copied in self._mine():
+            copied.within(self.weights).copy_(copied.weights())
+
     def start_gather(self) -> None:
         """Start to send the weights that this rank owns to all, and to receive theirs."""
         if self.group.size() == 1:
             return
-        for copied in self._mine():
-            copied.within(self.weights).copy_(copied.weights())
+        self._fill_slot()
+        self._gather = self._send()
+
+    def _send(self) -> dist.Work | None:
         own = self.weights[self.group.rank()]
-        self._gather = dist.all_gather_into_tensor(self.weights.view(-1), own, group=self.group, async_op=True)
+        return dist.all_gather_into_tensor(self.weights.view(-1), own, group=self.group, async_op=True)
+
+    def _receive(self) -> None:
+        """Bring what has come into the slots, if it came elsewhere."""
 
     def finish_gather(self) -> None:
         """Wait until every weight of the bucket is up to date."""
@@ -199,6 +210,7 @@ class Bucket:
             return
         self._gather.wait()
         self._gather = None
+        self._receive()
         for copied in self._copied:
             copied.weights().copy_(copied.within(self.weights))
 

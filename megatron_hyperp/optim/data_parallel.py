@@ -8,7 +8,7 @@ reduction) have no place in them. So the buffers are our own (``buckets.py``), b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +18,9 @@ from megatron.core.distributed import DistributedDataParallelConfig, finalize_mo
 from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_hyperp.model.fp8 import WeightScale
 from megatron_hyperp.optim.buckets import Bucket, Shares, cut_into_buckets
+from megatron_hyperp.optim.fp8_gather import Fp8Bucket, agree_on_scales
 
 
 class Exchange:
@@ -43,6 +45,7 @@ class Exchange:
         shares: Shares,
         group_of: Callable[[torch.nn.Parameter], dist.ProcessGroup],
         bucket_size: int | None,
+        scales: Mapping[torch.nn.Parameter, WeightScale],
     ) -> None:
         """Move weights and gradients into buckets by owner; call once.
 
@@ -51,14 +54,20 @@ class Exchange:
             shares: who owns what of each.
             group_of: a parameter's data-parallel group.
             bucket_size: see :func:`cut_into_buckets`.
+            scales: of the parameters that travel in FP8.
         """
         assert not self.buckets
         kinds: dict[tuple[Any, ...], list[torch.nn.Parameter]] = {}
         for parameter in parameters:
-            kinds.setdefault((group_of(parameter), parameter.dtype), []).append(parameter)
-        for (group, _), alike in kinds.items():
+            scale = scales.get(parameter)
+            # In FP8 with those that share a scale with the same ranks.
+            fp8 = None if scale is None else (scale.group,)
+            kinds.setdefault((group_of(parameter), parameter.dtype, fp8), []).append(parameter)
+        for (group, _, fp8), alike in kinds.items():
             for bucket in cut_into_buckets(alike, shares, group.size(), bucket_size):
-                self.buckets.append(Bucket(bucket, shares, group))
+                self.buckets.append(
+                    Bucket(bucket, shares, group) if fp8 is None else Fp8Bucket(bucket, shares, group, scales)
+                )
         # In the order in which the backward pass completes them.
         position = {parameter: index for index, parameter in enumerate(parameters)}
         self.buckets.sort(key=lambda bucket: max(position[parameter] for parameter in bucket.parameters))
@@ -93,8 +102,17 @@ class Exchange:
         for bucket in self.buckets:
             bucket.finish_reduce()
 
-    def start_param_sync(self) -> None:
-        """Start to gather the weights from their owners; wait for them unless they overlap with the forward pass."""
+    def start_param_sync(self, *, exact: bool = False) -> None:
+        """Start to gather the weights from their owners; wait for them unless they overlap with the forward pass.
+
+        Args:
+            exact: as they are, also those that travel in FP8.
+        """
+        in_fp8 = [bucket for bucket in self.buckets if isinstance(bucket, Fp8Bucket)]
+        for each in in_fp8:
+            each.exact = exact
+        if not exact:
+            agree_on_scales(in_fp8)
         for bucket in reversed(self.buckets):
             bucket.start_gather()
         if not self.overlap_param_gather:
@@ -104,6 +122,11 @@ class Exchange:
         """Wait until every weight is up to date."""
         for bucket in reversed(self.buckets):
             bucket.finish_gather()
+
+    @property
+    def rounds(self) -> bool:
+        """Whether some weights travel in FP8, and so are not those of their owners."""
+        return any(isinstance(bucket, Fp8Bucket) for bucket in self.buckets)
 
 
 class DataParallel(_BaseDataParallel):  # type: ignore[misc]  # Megatron-Core has no types

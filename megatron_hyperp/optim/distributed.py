@@ -19,6 +19,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_hyperp import device
 from megatron_hyperp.config import Config
+from megatron_hyperp.model.fp8 import WeightScale, weight_scales
 from megatron_hyperp.optim import sphere
 from megatron_hyperp.optim.adamh import adam_direction_
 from megatron_hyperp.optim.buckets import Share
@@ -233,12 +234,12 @@ class HyperPOptimizer(MegatronOptimizer):
         squared, *self.votes = summed.tolist()
         return math.sqrt(squared) if math.isfinite(squared) else squared
 
-    def _update_model(self) -> None:
-        """Write what this rank owns into the model and gather the rest from the other owners."""
+    def _update_model(self, *, exact: bool = False) -> None:
+        """Write what this rank owns into the model and gather the rest from the other owners; ``exact``: not in FP8."""
         self.exchange.finish_param_sync()
         for family in self.families:
             family.write_weights()
-        self.exchange.start_param_sync()
+        self.exchange.start_param_sync(exact=exact)
 
     @torch.no_grad()
     def radius_drift(self) -> float:
@@ -329,7 +330,10 @@ class HyperPOptimizer(MegatronOptimizer):
             metadata: unused.
         """
         del is_loading, metadata
-        # The model's weights are saved beside the state.
+        # The model's weights are saved beside the state. Those that travelled in FP8 come again as they are; the layers
+        # round them to the same numbers.
+        if self.exchange.rounds:
+            self._update_model(exact=True)
         self.exchange.finish_param_sync()
         parameters = [entry.parameter for family in self.families for entry in family.routes]
         weights = sharded_weights(model_sharded_state_dict, parameters)
@@ -382,7 +386,13 @@ def _lay_out(chunks: Sequence[DataParallel], domains: Sequence[Domain], config: 
     exchange = chunks[0].exchange
     # Without overlap one bucket is best; with it, as large as Megatron-Core's.
     default = max(40_000_000, 1_000_000 * domains[0].data.size()) if exchange.overlap_grad_reduce else None
-    exchange.lay_out(backward_order, shares, group_of.__getitem__, config.parallel.ddp_bucket_size or default)
+    scales: dict[torch.nn.Parameter, WeightScale] = {}
+    for chunk in chunks if config.training.fp8_param_gather else ():
+        scales |= weight_scales(chunk.module, config)
+    # What has no replicas does not travel.
+    scales = {parameter: scale for parameter, scale in scales.items() if group_of[parameter].size() > 1}
+    bucket_size = config.parallel.ddp_bucket_size or default
+    exchange.lay_out(backward_order, shares, group_of.__getitem__, bucket_size, scales)
 
 
 def get_hyperp_optimizer(

@@ -88,9 +88,22 @@ def traffic(config: Config, world_size: int, held: Sequence[Holding]) -> Traffic
         expert = 4 * moe.moe_router_topk * hidden / tp * _others(ep) * layers * recomputed
     virtual = parallel.num_virtual_stages_per_pipeline_rank
     pipeline = 2 * virtual * hidden / (tp if parallel.sequence_parallel else 1) if pp > 1 else 0.0
-    data = sum(item.slots * (GRADIENT_BYTES + itemsize) * _others(item.data) for item in held)
+    data = sum(
+        item.slots * (GRADIENT_BYTES + itemsize - (itemsize - 1) * _share_in_fp8(config, item)) * _others(item.data)
+        for item in held
+    )
     sent = sum(cost.sent for cost in _newton_schulz(config, held))
     return Traffic(count * tensor, count * expert, count * pipeline, data, sent)
+
+
+def _share_in_fp8(config: Config, item: Holding) -> float:
+    """Return the share of what is held that is gathered in FP8, as an average over stages."""
+    training, layers = config.training, config.model.num_layers
+    if not training.fp8_param_gather:
+        return 0.0
+    sizes = {entry.parameter: ("linear_" in entry.name) * entry.parameter.numel() for entry in item.routes}
+    kept = training.num_layers_at_start_in_bf16 + training.num_layers_at_end_in_bf16
+    return sum(sizes.values()) / sum(parameter.numel() for parameter in sizes) * (1 - kept / layers)
 
 
 def newton_schulz_cost(

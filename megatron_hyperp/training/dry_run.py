@@ -152,6 +152,7 @@ def _without_libraries(config: Config) -> Config:
         transformer_impl="local",
         fp8_format="none",
         fp8_emulation=False,
+        fp8_param_gather=False,
         cross_entropy_loss_fusion=False,
         gradient_accumulation_fusion=False,
     )

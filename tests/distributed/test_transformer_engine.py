@@ -40,6 +40,8 @@ LAYOUTS: Cases = {
     "experts, EP2": {**RUN, **EXPERTS, "expert_model_parallel_size": 2},
     "experts, TP2+SP": {**RUN, **EXPERTS, "tensor_model_parallel_size": 2, "sequence_parallel": True},
 }
+GATHERED: Cases = {"DP2, FP8": {**FP8, **EXPERTS, "bf16": True}}
+GATHERED["DP2, FP8, gathered in FP8"] = {**GATHERED["DP2, FP8"], "fp8_param_gather": True}
 
 
 def tolerance_of(title: str) -> float:
@@ -92,7 +94,10 @@ def test_recipes_round_as_their_emulation(title: str, local: Rows, other: Rows) 
 
 
 def test_layouts_agree(other: Rows, corpus: str, tmp_path: Path) -> None:
-    for rank in run_distributed(train_all, 2, corpus, str(tmp_path), LAYOUTS, True):
+    for rank in run_distributed(train_all, 2, corpus, str(tmp_path), {**LAYOUTS, **GATHERED}, True):
+        # Weights that travel in FP8 are those that the layers round to.
+        rounded, gathered = (losses(rank.pop(title)) for title in GATHERED)
+        assert gathered == rounded
         for title, rows in rank.items():
             alone = other["experts" if "experts" in title else "dense"]
             assert losses(rows) == pytest.approx(losses(alone), rel=tolerance_of(title)), title

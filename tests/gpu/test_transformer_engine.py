@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_hyperp import libraries
+from megatron_hyperp.model.fp8 import round_trip, scale_of
 from megatron_hyperp.training.logging import read_metrics
 from tests.layers import Cases, first_gradients, losses, train_all, train_and_save
 from tests.run_distributed import run_distributed
@@ -117,6 +118,32 @@ def test_fp8_trains_as_bf16_does(recipe: str, model: str, text: str, tmp_path: P
     assert losses(found["bf16"])[0] > 1.3 * last["bf16"], "it learns"
     assert last["fp8"] == pytest.approx(last["bf16"], rel=0.01)
     assert max(row["radius_drift"] for row in found["fp8"] if "radius_drift" in row) < 1e-6
+
+
+def test_weights_rounded_beforehand_are_rounded_to_the_same() -> None:
+    """What ``--fp8-param-gather`` rests on: a layer does not tell a weight from what its owner has rounded."""
+    import torch
+    import transformer_engine.pytorch as engine  # type: ignore[import-not-found]
+    from transformer_engine.common.recipe import Float8CurrentScaling  # type: ignore[import-not-found]
+
+    recipe_that_runs("tensorwise")
+    layer = engine.Linear(512, 256, bias=False, params_dtype=torch.bfloat16)
+    x = torch.randn(64, 512, device="cuda", dtype=torch.bfloat16)
+
+    def results() -> list[torch.Tensor]:
+        given = x.clone().requires_grad_()
+        with engine.fp8_autocast(enabled=True, fp8_recipe=Float8CurrentScaling()):
+            output = layer(given)
+        output.float().square().sum().backward()
+        assert given.grad is not None
+        return [output.detach(), given.grad]
+
+    exact = results()
+    weight = layer.weight.detach()
+    rounded = round_trip(weight, "e4m3", scale_of(weight.abs().amax().float(), "e4m3"))
+    assert not torch.equal(weight, rounded)
+    weight.copy_(rounded)
+    assert all(map(torch.equal, results(), exact))
 
 
 @pytest.mark.parametrize("begins_local", [True, False])

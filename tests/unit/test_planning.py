@@ -143,6 +143,21 @@ def test_optimizer_state_falls_with_data_parallel_ranks(capsys: pytest.CaptureFi
     assert many["weights"] == pytest.approx(few["weights"], rel=0.02)
 
 
+def test_weights_in_fp8_send_less(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = (
+        "--depth 8 --bf16 --gpus 8 --tensor-model-parallel-size 1 --pipeline-model-parallel-size 1 --fp8-format hybrid"
+    )
+    plain = plan(capsys, flags)
+    rounded, fewer = (
+        plan(capsys, f"{flags} --fp8-param-gather {more}") for more in ("", "--num-layers-at-start-in-bf16 4")
+    )
+    before, after, between = (item["bytes_sent_per_gpu_and_step"]["data"] for item in (plain, rounded, fewer))
+    # 6 bytes a weight; of the paper's d8, the matrices of transformer layers, 69% of its weights, take one less.
+    embeddings = 2 * 32000 * 1024
+    assert after / before == pytest.approx(1 - (1 - embeddings / plain["params_total"]) / 6, abs=0.002)
+    assert between == pytest.approx((before + after) / 2)
+
+
 def test_a_table_names_every_factor_of_the_learning_rate(capsys: pytest.CaptureFixture[str]) -> None:
     plan_run.main(["--depth", "12", "--gpus", "16", "--bf16"])
     text = capsys.readouterr().out

@@ -233,6 +233,17 @@ REFUSALS = [
         "leave one",
     ),
     # FP8
+    Refusal(f"{SMALL} --fp8-param-gather --bf16", "--fp8-param-gather needs --fp8-format", "leave it out$"),
+    Refusal(
+        f"{SMALL} --fp8-param-gather --bf16 --fp8-format e4m3 --fp8-emulation --fp8-recipe rowwise",
+        "--fp8-param-gather sends a scale for each weight, which --fp8-recipe rowwise has not",
+        "give tensorwise, or leave it out$",
+    ),
+    Refusal(
+        f"{SMALL} --fp8-param-gather --fp8-format e4m3 --fp8-emulation",
+        "--fp8-param-gather rounds weights that are in bf16 alone",
+        "give --bf16, or leave it out$",
+    ),
     Refusal(f"{SMALL} --fp8-weight-scale sphere", "--fp8-weight-scale sphere needs --fp8-format", "leave it out$"),
     Refusal(
         f"{SMALL} --num-layers-at-start-in-bf16 1", "--num-layers-at-start-in-bf16 needs --fp8-format", "leave it out$"
