@@ -204,6 +204,11 @@ class Bucket:
     def _receive(self) -> None:
         """Bring what has come into the slots, if it came elsewhere."""
 
+    def received(self, parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tensor:
+        """Return what the last gathering made of a parameter's new values, or of some of them, on every rank."""
+        del parameter
+        return values
+
     def finish_gather(self) -> None:
         """Wait until every weight of the bucket is up to date."""
         if self._gather is None:

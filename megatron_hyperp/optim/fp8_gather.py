@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_hyperp.model.fp8 import DTYPES, Format, WeightScale, encoded, scale_of
+from megatron_hyperp.model.fp8 import DTYPES, Format, WeightScale, encoded, round_trip, scale_of
 from megatron_hyperp.optim.buckets import Bucket, Shares
 
 _FORMAT: Format = "e4m3"
@@ -55,7 +55,7 @@ class Fp8Bucket(Bucket):
     Attributes:
         is_fixed: whether scales are.
         scale_group: ranks beside the owners whose parts share a scale, or None.
-        exact: whether the next gathering sends weights as they are.
+        exact: whether the next gathering, and then whether the last one, sends weights as they are.
     """
 
     def __init__(
@@ -80,6 +80,7 @@ class Fp8Bucket(Bucket):
             extent = slice(copied.offset, copied.offset + elements)
             self._places.append(_Place(copied.share.rank, extent, numbers[id(copied.stack)]))
         ordered = [parameter for stack in self.stacks for parameter in stack.parameters]
+        self._number = {parameter: index for index, parameter in enumerate(ordered)}
         fixed = [scales[parameter].fixed for parameter in ordered]
         self.is_fixed = None not in fixed
         home = self.weights.device
@@ -121,6 +122,10 @@ class Fp8Bucket(Bucket):
             values = place.rows(self._sent).to(self.weights.dtype)
             torch.div(values, self._scales[place.numbers, None], out=place.rows(self.weights))
         self._sent = None
+
+    def received(self, parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tensor:
+        """Return what the last gathering made of a parameter's new values: rounded ones, unless it was exact."""
+        return values if self.exact else round_trip(values, _FORMAT, self._scales[self._number[parameter]])
 
 
 def agree_on_scales(buckets: Iterable[Fp8Bucket]) -> None:

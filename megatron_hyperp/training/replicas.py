@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.distributed import HyperPOptimizer
+from megatron_hyperp.optim.routing import Route
 from megatron_hyperp.parameters import REPLICATED, is_expert, partition_dim
 
 # Words of 8 bytes that are multiplied and summed at a time.
@@ -193,9 +194,11 @@ class Replicas:
         """Compare what this rank owns with the weights that it sent: its fp32 masters, rounded."""
         named: Named = []
         values: list[torch.Tensor] = []
-        for name, weights, master in _owned(self._optimizer):
-            named.append((name, master))
-            values.append(fingerprint(master.to(weights.dtype)) - fingerprint(weights))
+        exchange = self._optimizer.exchange
+        for entry, weights, master in _owned(self._optimizer):
+            named.append((entry.name, master))
+            sent = exchange.bucket_of[entry.parameter].received(entry.parameter, master.to(weights.dtype))
+            values.append(fingerprint(sent) - fingerprint(weights))
         if not named:
             return None
         return _difference(MASTERS, [dist.get_rank()], named, torch.stack(values), torch.stack(values) != 0)
@@ -260,12 +263,11 @@ def _everywhere(optimizer: HyperPOptimizer, balance: Balance | None, scales: Del
     return named + ([] if scales is None else [("the delayed scales of FP8", scales.scales)])
 
 
-def _owned(optimizer: HyperPOptimizer) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Name, weights and master of each piece that this rank owns."""
+def _owned(optimizer: HyperPOptimizer) -> Iterator[tuple[Route, torch.Tensor, torch.Tensor]]:
+    """Route, weights and master of each piece that this rank owns."""
     for family in optimizer.families:
         for run in family.runs:
-            pieces = zip(family.routes[run.pieces], run.weights, run.of(family.master), strict=True)
-            yield from ((entry.name, weights, master) for entry, weights, master in pieces)
+            yield from zip(family.routes[run.pieces], run.weights, run.of(family.master), strict=True)
 
 
 def describe(told: Sequence[Sequence[Difference]]) -> str:

@@ -19,7 +19,9 @@ from tests.toy import EXPERTS, toy_config, trained, write_corpus
 
 RANKS = 4
 FP8 = {"fp8_format": "hybrid", "fp8_emulation": True, "bf16": True}
-RUN = {**FP8, "train_iters": 3, "micro_batch_size": 4, "global_batch_size": 8, "quiet": True}
+# Replicas are compared with each other and with their masters, in each step.
+CHECKED = {"check_weight_hash_across_dp_replicas_interval": 1}
+RUN = {**FP8, **CHECKED, "train_iters": 3, "micro_batch_size": 4, "global_batch_size": 8, "quiet": True}
 PP2 = {"pipeline_model_parallel_size": 2}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 CASES: dict[str, dict[str, Any]] = {
