@@ -180,6 +180,11 @@ class OptimizerConfig:
     adam_eps: float = knob(1e-8, "epsilon of Adam", POSITIVE)
     embedding_lr_mult: float = knob(1.0, "factor on the learning rate of the token embedding")
     adam_lr_mult: float = knob(1.0, "factor on the learning rate of norm gains, biases and the output layer")
+    qk_norm_lr_mult: float = knob(
+        1.0,
+        "further factor on that of the gains on queries and keys; 0 leaves them at 1, and attention logits at sqrt(128)"
+        " or less",
+    )
 
     @property
     def asks_for_gram(self) -> bool:

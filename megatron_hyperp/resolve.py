@@ -38,6 +38,8 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -
         _resolve_schedule(config)
         _check_newton_schulz(config)
         _check_radius(config)
+        if config.optimizer.qk_norm_lr_mult != 1.0 and not config.model.qk_layernorm:
+            raise UsageError("--qk-norm-lr-mult is of gains that --no-qk-layernorm leaves out; leave one of them out")
         precision.check(config)
         # What was derived is what was given too.
         check_ranges(config)

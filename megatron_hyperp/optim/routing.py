@@ -28,6 +28,7 @@ MATRIX_ROLES = ("hidden", "output")
 SPHERE_RULES = ("muonh", "adamh")
 # Rules that orthogonalize, so that they need whole matrices.
 MUON_RULES = ("muonh", "muon")
+_QK_GAINS = (".q_layernorm.weight", ".k_layernorm.weight")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +89,7 @@ def route(
     matrix_lr_mult: float = 1.0,
     embedding_lr_mult: float = 1.0,
     adam_lr_mult: float = 1.0,
+    qk_norm_lr_mult: float = 1.0,
     matrix_split: str = "fused",
     heads: Heads | None = None,
     radii: Mapping[str, float] | None = None,
@@ -104,6 +106,7 @@ def route(
         matrix_lr_mult: learning-rate factor of hidden matrices (muP).
         embedding_lr_mult: of the token embedding.
         adam_lr_mult: of the output layer, norm gains and biases.
+        qk_norm_lr_mult: further one of the gains on queries and keys.
         matrix_split: whether fused QKV and gate/up weights are one matrix ("fused"), one per component ("component"),
             or QKV one per head ("head"), each then orthogonalized and on a sphere by itself.
         heads: layout of QKV weights; needed unless "fused".
@@ -134,7 +137,8 @@ def route(
             elif rule in SPHERE_RULES:
                 radius = sphere_radius(role, shape, radius_scale=radius_scale, output_init_std=output_init_std)
             decays = role in ("hidden", "output")
-            routes.append(Route(name + part, parameter, block, role, rule, shape, dim, radius, lr_mults[role], decays))
+            lr_mult = lr_mults[role] * (qk_norm_lr_mult if name.endswith(_QK_GAINS) else 1.0)
+            routes.append(Route(name + part, parameter, block, role, rule, shape, dim, radius, lr_mult, decays))
     return routes
 
 
@@ -155,6 +159,7 @@ def routes_of(
         matrix_lr_mult=width_multiplier(config),
         embedding_lr_mult=options.embedding_lr_mult,
         adam_lr_mult=options.adam_lr_mult,
+        qk_norm_lr_mult=options.qk_norm_lr_mult,
         matrix_split=options.matrix_split,
         heads=Heads(model.kv_channels, model.num_attention_heads // model.num_query_groups),
         radii=radii,

@@ -173,6 +173,7 @@ def test_routes(optimizer: str) -> None:
         matrix_lr_mult=0.5,
         embedding_lr_mult=3.0,
         adam_lr_mult=0.1,
+        qk_norm_lr_mult=0.5,
     )
     assert [entry.name for entry in routes] == list(NAMES)
     by_name = {entry.name: entry for entry in routes}
@@ -181,6 +182,11 @@ def test_routes(optimizer: str) -> None:
     assert hidden.rule == {"hyperp": "muonh", "muonh": "muonh", "muon": "muon", "adamw": "adamw"}[optimizer]
     assert by_name["embedding.word_embeddings.weight"].rule == "adamw"
     assert (hidden.lr_mult, head.lr_mult, by_name["embedding.word_embeddings.weight"].lr_mult) == (0.5, 0.1, 3.0)
+    gains = {name: entry.lr_mult for name, entry in by_name.items() if entry.role == "vector"}
+    assert {name for name, factor in gains.items() if factor == pytest.approx(0.05)} == {
+        name for name in gains if "q_layernorm" in name or "k_layernorm" in name
+    }
+    assert set(gains.values()) == {0.1, 0.05}
     assert [entry.decays for entry in routes if entry.role in ("embedding", "vector")] == [False] * 5
     if optimizer in ("hyperp", "muonh"):
         assert hidden.radius == pytest.approx(2.0 * (16 / 3) ** 0.5)

@@ -232,6 +232,7 @@ REFUSALS = [
         "--fp8-weight-scale sphere takes radii from shapes",
         "leave one",
     ),
+    Refusal(f"{SMALL} --no-qk-layernorm --qk-norm-lr-mult 0", "--qk-norm-lr-mult is of gains that", "leave one"),
     # FP8
     Refusal(f"{SMALL} --fp8-param-gather --bf16", "--fp8-param-gather needs --fp8-format", "leave it out$"),
     Refusal(

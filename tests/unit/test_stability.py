@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_hyperp import device
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.observing import GROUPS, group_of, turned
 from megatron_hyperp.training.alarms import METRICS, Alarms, parse_alarm
@@ -19,6 +20,7 @@ from megatron_hyperp.training.logging import InBackground, JsonLines
 from megatron_hyperp.training.phases import Phases
 from megatron_hyperp.training.profiling import parse_range
 from megatron_hyperp.training.stability import attention_z, outliers, sampled
+from tests.toy import one_rank, toy_config, trained, write_corpus
 
 
 def draw(*shape: int) -> torch.Tensor:
@@ -235,3 +237,18 @@ def test_events_are_lines_of_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / EVENTS_FILE).read_text())["message"] == "loss is high"
     [event] = read_events(tmp_path)
     assert (event["iteration"], event["kind"]) == (7, "alarm")
+
+
+def test_gains_that_do_not_learn_bound_the_logits_of_attention(tmp_path: Path) -> None:
+    device.adapt_megatron()
+    prefix, keys = write_corpus(tmp_path), 64
+    fields = {"train_iters": 5, "stability_interval": 5, "num_layers": 2, "lr": 0.1, "quiet": True}
+    with one_rank():
+        trainer, rows = trained(toy_config(prefix, tmp_path, qk_norm_lr_mult=0.0, **fields))
+        learning, _ = trained(toy_config(prefix, tmp_path, **fields))
+    for each, fixed in ((trainer, True), (learning, False)):
+        gains = [value for name, value in each.chunks[0].named_parameters() if "q_layer" in name or "k_layer" in name]
+        assert len(gains) == 4
+        assert all(bool((value == 1).all()) == fixed for value in gains)
+    found = next(row["attention_z"] for row in rows if "attention_z" in row)
+    assert found < (math.sqrt(128) + math.log(keys)) ** 2
