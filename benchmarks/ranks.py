@@ -1,4 +1,4 @@
-"""What every benchmark under torchrun does: a process group, one corpus for all ranks, a line for each model."""
+"""What benchmarks of models under torchrun share: a process group, one corpus for all ranks, a line for each model."""
 
 from __future__ import annotations
 

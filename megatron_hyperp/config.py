@@ -182,8 +182,8 @@ class OptimizerConfig:
     adam_lr_mult: float = knob(1.0, "factor on the learning rate of norm gains, biases and the output layer")
     qk_norm_lr_mult: float = knob(
         1.0,
-        "further factor on that of the gains on queries and keys; 0 leaves them at 1, and attention logits at sqrt(128)"
-        " or less",
+        "further factor on that of the gains on queries and keys; 0 leaves them as they are: 1 in a new model, whose"
+        " attention logits then are sqrt(128) at most, with the usual --softmax-scale",
     )
 
     @property

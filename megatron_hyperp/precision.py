@@ -54,7 +54,7 @@ def _check_fp8(config: Config) -> None:
     if training.fp8_param_gather:
         if training.fp8_recipe != "tensorwise":
             raise UsageError(
-                f"--fp8-param-gather sends a scale for each weight, which --fp8-recipe {training.fp8_recipe} has not;"
+                f"--fp8-param-gather takes one scale a weight, which --fp8-recipe {training.fp8_recipe} has not;"
                 " give tensorwise, or leave it out"
             )
         if not training.bf16:

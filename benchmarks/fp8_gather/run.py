@@ -14,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks.models import VOCABULARY, config_of
 from benchmarks.ranks import run, seconds
 from benchmarks.turns import in_turns
-from megatron_hyperp.config import TrainingConfig
 from megatron_hyperp.errors import run_command
 
 WARM_UPS = 2
@@ -30,7 +29,7 @@ def measure(name: str, repeats: int, folder: Path, prefix: str) -> str:
 
     ranks = dist.get_world_size()
     config = config_of(name, folder, prefix, micro_batches=ranks)
-    training: TrainingConfig = config.training
+    training = config.training
     training.bf16 = training.fp8_emulation = training.fp8_param_gather = True
     training.fp8_format = "hybrid"
     trainer = Trainer(

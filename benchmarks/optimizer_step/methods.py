@@ -98,7 +98,10 @@ class Ours:
         self.state_bytes = self._optimizer.state_bytes()
         self._reduce = self.clock.around("exchange", self._reduce_gradients)
         self._orthogonalize = self.clock.around("newton-schulz", distributed.orthogonalize_family)
-        self._gather = [self.clock.around("exchange", call) for call in (Bucket.start_gather, Bucket.finish_gather)]
+        self._gather = [
+            self.clock.around("exchange", call)
+            for call in (Bucket.fill_slot, Bucket.start_gather, Bucket.finish_gather)
+        ]
 
     def load(self, gradients: Sequence[torch.Tensor]) -> None:
         """Fill ``main_grad``."""
@@ -110,7 +113,9 @@ class Ours:
         """Do what Megatron-Core's schedules do after the last backward pass, and the step."""
         with (
             patch.object(distributed, "orthogonalize_family", self._orthogonalize),
-            patch.multiple(Bucket, start_gather=self._gather[0], finish_gather=self._gather[1]),
+            patch.multiple(
+                Bucket, **dict(zip(("fill_slot", "start_gather", "finish_gather"), self._gather, strict=True))
+            ),
         ):
             self._reduce()
             self._optimizer.step()

@@ -173,6 +173,11 @@ class WeightScale:
     group: dist.ProcessGroup | None
 
 
+def is_rounded(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a layer that runs in FP8 rounds the parameter: matrices of linear layers, not gains fused with them."""
+    return "linear_" in name and parameter.ndim == 2
+
+
 def weight_scales(chunk: torch.nn.Module, config: Config) -> dict[torch.nn.Parameter, WeightScale]:
     """Return the weights that a chunk's layers round with one scale each, as their products do.
 
@@ -186,8 +191,7 @@ def weight_scales(chunk: torch.nn.Module, config: Config) -> dict[torch.nn.Param
     found = {}
     for layer in fp8_layers(chunk, config):
         for name, parameter in layer.named_parameters():
-            # Not the gains of norms that are fused with a linear layer.
-            if "linear_" not in name or parameter.ndim != 2:
+            if not is_rounded(name, parameter):
                 continue
             group = expert_tensor if is_expert(parameter) else tensor
             fixed = None

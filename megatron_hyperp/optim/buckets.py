@@ -113,9 +113,8 @@ class Bucket:
         self._pending: set[torch.nn.Parameter] = set(self.parameters)
         self._reduction: dist.Work | None = None
         self._gather: dist.Work | None = None
-        stacks = _alike(self.parameters, shares)
+        self._stacks = stacks = _alike(self.parameters, shares)
         fill, self._whole, self._copied = _arrange(stacks, group.size())
-        self.stacks = stacks
         # One collective moves equal slots.
         shape = (group.size(), aligned(max(fill)))
         self.gradients, self.weights = self._buffers(shape)
@@ -185,17 +184,16 @@ class Bucket:
         for copied in self._mine():
             copied.gradients().mul_(factor)
 
-    def _fill_slot(self) -> None:
-        """Copy what this rank owns of shared tensors into its slot."""
-        for copied in self._mine():
-            copied.within(self.weights).copy_(copied.weights())
+    def fill_slot(self) -> None:
+        """Copy what this rank owns of shared tensors into its slot, before it is sent."""
+        if self.group.size() > 1:
+            for copied in self._mine():
+                copied.within(self.weights).copy_(copied.weights())
 
     def start_gather(self) -> None:
-        """Start to send the weights that this rank owns to all, and to receive theirs."""
-        if self.group.size() == 1:
-            return
-        self._fill_slot()
-        self._gather = self._send()
+        """Start to send the slot of weights that this rank owns to all, and to receive theirs."""
+        if self.group.size() > 1:
+            self._gather = self._send()
 
     def _send(self) -> dist.Work | None:
         own = self.weights[self.group.rank()]
@@ -204,7 +202,7 @@ class Bucket:
     def _receive(self) -> None:
         """Bring what has come into the slots, if it came elsewhere."""
 
-    def received(self, parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tensor:
+    def as_gathered(self, parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tensor:
         """Return what the last gathering made of a parameter's new values, or of some of them, on every rank."""
         del parameter
         return values

@@ -108,11 +108,12 @@ class Exchange:
         Args:
             exact: as they are, also those that travel in FP8.
         """
-        in_fp8 = [bucket for bucket in self.buckets if isinstance(bucket, Fp8Bucket)]
-        for each in in_fp8:
-            each.exact = exact
+        for each in self.buckets:
+            each.fill_slot()
+        for fp8 in self.in_fp8:
+            fp8.exact = exact
         if not exact:
-            agree_on_scales(in_fp8)
+            agree_on_scales(self.in_fp8)
         for bucket in reversed(self.buckets):
             bucket.start_gather()
         if not self.overlap_param_gather:
@@ -124,9 +125,9 @@ class Exchange:
             bucket.finish_gather()
 
     @property
-    def rounds(self) -> bool:
-        """Whether some weights travel in FP8, and so are not those of their owners."""
-        return any(isinstance(bucket, Fp8Bucket) for bucket in self.buckets)
+    def in_fp8(self) -> list[Fp8Bucket]:
+        """Buckets whose weights travel in FP8, and so are not those of their owners."""
+        return [bucket for bucket in self.buckets if isinstance(bucket, Fp8Bucket)]
 
 
 class DataParallel(_BaseDataParallel):  # type: ignore[misc]  # Megatron-Core has no types

@@ -332,7 +332,7 @@ class HyperPOptimizer(MegatronOptimizer):
         del is_loading, metadata
         # The model's weights are saved beside the state. Those that travelled in FP8 come again as they are; the layers
         # round them to the same numbers.
-        if self.exchange.rounds:
+        if self.exchange.in_fp8:
             self._update_model(exact=True)
         self.exchange.finish_param_sync()
         parameters = [entry.parameter for family in self.families for entry in family.routes]

@@ -3,8 +3,8 @@
 The owner rounds a new weight exactly as the layer's product will, and every rank, the owner too, takes the rounded one.
 Rounding it again gives the same number. With scales from the largest element: that element survives as it is, so the
 scale is found again, and the others, which bf16 holds to 2^-9, lie far closer to their FP8 number than half of FP8's
-step of at least 2^-4. With scales from the sphere, powers of two, nothing moves at all. So a run is the same as one
-that gathers bf16, bit for bit. The masters, and what is saved, are never rounded.
+step of at least 2^-4. With scales from the sphere, powers of two, nothing moves at all. So layers
+compute what they do where bf16 is gathered, bit for bit. The masters, and what is saved, are never rounded.
 
 Scales from largest elements take one all-reduce of a number per matrix before anything is sent; scales from the sphere
 are known to all.
@@ -68,7 +68,7 @@ class Fp8Bucket(Bucket):
         super().__init__(parameters, shares, group)
         self.scale_group = scales[self.parameters[0]].group
         numbers, number = {}, 0
-        for stack in self.stacks:
+        for stack in self._stacks:
             numbers[id(stack)] = slice(number, number + len(stack.parameters))
             number += len(stack.parameters)
         self._places = [
@@ -79,7 +79,7 @@ class Fp8Bucket(Bucket):
             elements = len(copied.stack.parameters) * copied.share.block.numel
             extent = slice(copied.offset, copied.offset + elements)
             self._places.append(_Place(copied.share.rank, extent, numbers[id(copied.stack)]))
-        ordered = [parameter for stack in self.stacks for parameter in stack.parameters]
+        ordered = [parameter for stack in self._stacks for parameter in stack.parameters]
         self._number = {parameter: index for index, parameter in enumerate(ordered)}
         fixed = [scales[parameter].fixed for parameter in ordered]
         self.is_fixed = None not in fixed
@@ -92,8 +92,7 @@ class Fp8Bucket(Bucket):
         return (place for place in self._places if place.rank == self.group.rank())
 
     def largest(self) -> torch.Tensor:
-        """Largest absolute values of what this rank owns of each parameter, fp32; 0 where it owns nothing."""
-        self._fill_slot()
+        """Largest absolute values in this rank's slot, [parameters] fp32; 0 where it owns nothing of one."""
         found = torch.zeros_like(self._scales)
         for place in self._own():
             largest = torch.linalg.vector_norm(place.rows(self.weights), torch.inf, dim=1).float()
@@ -123,7 +122,7 @@ class Fp8Bucket(Bucket):
             torch.div(values, self._scales[place.numbers, None], out=place.rows(self.weights))
         self._sent = None
 
-    def received(self, parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tensor:
+    def as_gathered(self, parameter: torch.nn.Parameter, values: torch.Tensor) -> torch.Tensor:
         """Return what the last gathering made of a parameter's new values: rounded ones, unless it was exact."""
         return values if self.exact else round_trip(values, _FORMAT, self._scales[self._number[parameter]])
 

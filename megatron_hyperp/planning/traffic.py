@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_hyperp.config import Config, micro_batches
+from megatron_hyperp.model.fp8 import is_rounded
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from megatron_hyperp.optim.ownership import Piece
 from megatron_hyperp.optim.tensor_parallel import Cost, Job, costs, machine, taken
@@ -101,7 +102,9 @@ def _share_in_fp8(config: Config, item: Holding) -> float:
     training, layers = config.training, config.model.num_layers
     if not training.fp8_param_gather:
         return 0.0
-    sizes = {entry.parameter: ("linear_" in entry.name) * entry.parameter.numel() for entry in item.routes}
+    sizes = {
+        entry.parameter: is_rounded(entry.name, entry.parameter) * entry.parameter.numel() for entry in item.routes
+    }
     kept = training.num_layers_at_start_in_bf16 + training.num_layers_at_end_in_bf16
     return sum(sizes.values()) / sum(parameter.numel() for parameter in sizes) * (1 - kept / layers)
 

@@ -197,7 +197,7 @@ class Replicas:
         exchange = self._optimizer.exchange
         for entry, weights, master in _owned(self._optimizer):
             named.append((entry.name, master))
-            sent = exchange.bucket_of[entry.parameter].received(entry.parameter, master.to(weights.dtype))
+            sent = exchange.bucket_of[entry.parameter].as_gathered(entry.parameter, master.to(weights.dtype))
             values.append(fingerprint(sent) - fingerprint(weights))
         if not named:
             return None

@@ -49,6 +49,10 @@ WHOLE_RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+# By case, and whether weights travelled in FP8: what came of it on one rank.
+Found = dict[tuple[str, bool], dict[str, Any]]
+
+
 class Sent:
     """Counts the bytes of weights that this rank sends, by dtype, from here on."""
 
@@ -66,7 +70,7 @@ class Sent:
         dist.all_gather_into_tensor = self._gather
 
 
-def run_all(prefix: str, folder: str, ports: dict[str, int]) -> dict[tuple[str, bool], dict[str, Any]]:
+def run_all(prefix: str, folder: str, ports: dict[str, int]) -> Found:
     """Run the trainings with checkpoints; train each case without and with the flag and return what came of it."""
     from megatron_hyperp import device
     from megatron_hyperp.parameters import named_parameters
@@ -102,14 +106,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[dict[tuple[str, bool], dict[str, Any]]]:
+def ranks(folder: Path) -> list[Found]:
     return run_distributed(
         run_all, RANKS, write_corpus(folder), str(folder), {name: free_port() for name in (*WHOLE_RUNS, "cases")}
     )
 
 
 @pytest.mark.parametrize("title", CASES)
-def test_training_is_the_same_bit_for_bit(title: str, ranks: list[dict[tuple[str, bool], dict[str, Any]]]) -> None:
+def test_training_is_the_same_bit_for_bit(title: str, ranks: list[Found]) -> None:
     for found in ranks:
         plain, gathered = found[title, False], found[title, True]
         assert gathered["rows"] == plain["rows"]
@@ -117,7 +121,7 @@ def test_training_is_the_same_bit_for_bit(title: str, ranks: list[dict[tuple[str
 
 
 @pytest.mark.parametrize("title", CASES)
-def test_weights_of_fp8_layers_travel_as_bytes(title: str, ranks: list[dict[tuple[str, bool], dict[str, Any]]]) -> None:
+def test_weights_of_fp8_layers_travel_as_bytes(title: str, ranks: list[Found]) -> None:
     for found in ranks:
         plain, gathered = found[title, False], found[title, True]
         none, before = plain["bytes"]
@@ -139,16 +143,14 @@ def test_weights_of_fp8_layers_travel_as_bytes(title: str, ranks: list[dict[tupl
             assert 0.01 < distance < 0.04
 
 
-def test_replicas_hold_the_same_weights(ranks: list[dict[tuple[str, bool], dict[str, Any]]]) -> None:
+def test_replicas_hold_the_same_weights(ranks: list[Found]) -> None:
     """The owner takes the rounded weights as well. Ranks 0 and 1, and 2 and 3, are a pipeline stage's replicas."""
     for first, second in (ranks[:2], ranks[2:]):
         ours, theirs = (found["PP2", True]["weights"] for found in (first, second))
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_checkpoints_hold_weights_as_they_are_and_training_goes_on(
-    folder: Path, ranks: list[dict[tuple[str, bool], dict[str, Any]]]
-) -> None:
+def test_checkpoints_hold_weights_as_they_are_and_training_goes_on(folder: Path, ranks: list[Found]) -> None:
     assert len(ranks) == RANKS
     parts = [sorted((folder / name / "iter_0000002").glob("*.distcp")) for name in ("saved-without", "saved")]
     assert len(parts[0]) >= RANKS

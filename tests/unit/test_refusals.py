@@ -237,7 +237,7 @@ REFUSALS = [
     Refusal(f"{SMALL} --fp8-param-gather --bf16", "--fp8-param-gather needs --fp8-format", "leave it out$"),
     Refusal(
         f"{SMALL} --fp8-param-gather --bf16 --fp8-format e4m3 --fp8-emulation --fp8-recipe rowwise",
-        "--fp8-param-gather sends a scale for each weight, which --fp8-recipe rowwise has not",
+        "--fp8-param-gather takes one scale a weight, which --fp8-recipe rowwise has not",
         "give tensorwise, or leave it out$",
     ),
     Refusal(
