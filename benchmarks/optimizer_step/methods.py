@@ -98,10 +98,10 @@ class Ours:
         self.state_bytes = self._optimizer.state_bytes()
         self._reduce = self.clock.around("exchange", self._reduce_gradients)
         self._orthogonalize = self.clock.around("newton-schulz", distributed.orthogonalize_family)
-        self._gather = [
+        self._fill, self._send, self._receive = (
             self.clock.around("exchange", call)
             for call in (Bucket.fill_slot, Bucket.start_gather, Bucket.finish_gather)
-        ]
+        )
 
     def load(self, gradients: Sequence[torch.Tensor]) -> None:
         """Fill ``main_grad``."""
@@ -113,9 +113,7 @@ class Ours:
         """Do what Megatron-Core's schedules do after the last backward pass, and the step."""
         with (
             patch.object(distributed, "orthogonalize_family", self._orthogonalize),
-            patch.multiple(
-                Bucket, **dict(zip(("fill_slot", "start_gather", "finish_gather"), self._gather, strict=True))
-            ),
+            patch.multiple(Bucket, fill_slot=self._fill, start_gather=self._send, finish_gather=self._receive),
         ):
             self._reduce()
             self._optimizer.step()
