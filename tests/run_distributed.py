@@ -1,9 +1,14 @@
-"""The one helper that spawns ranks: gloo processes on this machine, one thread each."""
+"""The one helper that starts ranks: gloo processes on this machine, one thread each.
+
+Ranks are forked from a process that has imported the trainer once (:func:`warm_context`), since an import of Megatron-Core
+takes five to ten seconds and the tests start more than a hundred ranks.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import multiprocessing
 import os
 import random
 import socket
@@ -18,6 +23,7 @@ import torch.multiprocessing as mp
 
 # Below the ports that the system gives to outgoing connections.
 _PORTS = range(10000, 32768)
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def free_port() -> int:
@@ -45,17 +51,36 @@ def torchrun_environment(rank: int, world_size: int, port: int) -> dict[str, str
     return {name: str(value) for name, value in (place | {"MASTER_PORT": port, "OMP_NUM_THREADS": 1}).items()}
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def warm_context() -> Any:
+    """Return the multiprocessing context whose processes are forked from one that has imported the trainer."""
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    os.environ["OMP_NUM_THREADS"] = "1"
+    found = multiprocessing.get_context("forkserver")
+    found.set_forkserver_preload(["tests.preload"])
+    return found
+
+
+def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, fresh: bool = False) -> list[Any]:
     """Call ``function(*args)`` on ``world_size`` new processes and return their results, by rank.
 
     The environment is torchrun's. The function joins process groups itself; it must be importable, and what it
     returns must be plain values or tensors.
 
+    Args:
+        function: called by every rank.
+        world_size: number of ranks.
+        args: its arguments.
+        fresh: start interpreters that have imported nothing, for a function that replaces a library before Megatron-Core
+            looks for it. Ranks that use CUDA are always fresh: a process forked from one that holds a CUDA context
+            cannot use it.
+
     Raises:
         AssertionError: a rank failed; the message has its traceback.
     """
+    method = "spawn" if fresh or torch.cuda.is_available() else warm_context().get_start_method()
     with tempfile.TemporaryDirectory() as folder:
-        context = mp.spawn(_rank, (function, world_size, free_port(), folder, args), nprocs=world_size, join=False)
+        call = (function, world_size, free_port(), folder, args, dict(os.environ))
+        context = mp.start_processes(_rank, call, nprocs=world_size, join=False, start_method=method)
         try:
             while not context.join():
                 pass
@@ -66,9 +91,17 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any) -
 
 
 def _rank(
-    rank: int, function: Callable[..., Any], world_size: int, port: int, folder: str, args: tuple[Any, ...]
+    rank: int,
+    function: Callable[..., Any],
+    world_size: int,
+    port: int,
+    folder: str,
+    args: tuple[Any, ...],
+    environment: dict[str, str],
 ) -> None:
-    os.environ |= torchrun_environment(rank, world_size, port)
+    # A forked rank has the environment that the first test of the session had.
+    os.environ.clear()
+    os.environ |= environment | torchrun_environment(rank, world_size, port)
     torch.set_num_threads(1)
     try:
         result = function(*args)

@@ -104,8 +104,8 @@ Results = dict[str, dict[str, Any]]
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("kernels")
     prefix = write_corpus(folder)
-    [alone] = run_distributed(train_all, 1, prefix, str(folder), ALONE)
-    first, second = run_distributed(train_all, 2, prefix, str(folder), TOGETHER)
+    [alone] = run_distributed(train_all, 1, prefix, str(folder), ALONE, fresh=True)
+    first, second = run_distributed(train_all, 2, prefix, str(folder), TOGETHER, fresh=True)
     # The first pipeline stage of two has another number of layers than the last, which has the output layer.
     return {**alone, **first, **{f"{title}, last": result for title, result in second.items()}}
 

@@ -69,7 +69,7 @@ def local(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Rows:
 @pytest.fixture(scope="module")
 def other(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Rows:
     folder = str(tmp_path_factory.mktemp("other"))
-    [result] = run_distributed(train_all, 1, corpus, folder, {**MODELS, **ROUNDED}, True)
+    [result] = run_distributed(train_all, 1, corpus, folder, {**MODELS, **ROUNDED}, True, fresh=True)
     return result
 
 
@@ -94,7 +94,7 @@ def test_recipes_round_as_their_emulation(title: str, local: Rows, other: Rows) 
 
 
 def test_layouts_agree(other: Rows, corpus: str, tmp_path: Path) -> None:
-    for rank in run_distributed(train_all, 2, corpus, str(tmp_path), {**LAYOUTS, **GATHERED}, True):
+    for rank in run_distributed(train_all, 2, corpus, str(tmp_path), {**LAYOUTS, **GATHERED}, True, fresh=True):
         # Weights that travel in FP8 are those that the layers round to.
         rounded, gathered = (losses(rank.pop(title)) for title in GATHERED)
         assert gathered == rounded
@@ -112,9 +112,9 @@ def test_either_loads_the_others_checkpoints(begins_local: bool, corpus: str, tm
     for name, fields in models.items():
         cases[f"{name}-whole"] = {**run, **fields}
         cases[f"{name}-first"] = {**run, **fields, "save": store[name], "exit_interval": 5}
-    run_distributed(train_and_save, 1, corpus, str(tmp_path), cases, not begins_local)
+    run_distributed(train_and_save, 1, corpus, str(tmp_path), cases, not begins_local, fresh=True)
     loading = {f"{name}-second": {**run, **fields, "load": store[name]} for name, fields in models.items()}
-    run_distributed(train_and_save, 1, corpus, str(tmp_path), loading, begins_local)
+    run_distributed(train_and_save, 1, corpus, str(tmp_path), loading, begins_local, fresh=True)
     for name in models:
         undisturbed, resumed = (losses(read_metrics(tmp_path / f"{name}-{part}")) for part in ("whole", "second"))
         assert resumed == pytest.approx(undisturbed[5:], rel=tolerances.RESHARDED_LOSS), name
@@ -128,7 +128,7 @@ def test_recipes_are_those_asked_for(corpus: str, tmp_path: Path) -> None:
         "delayed": {**FP8, "fp8_recipe": "delayed"},
     }
     cases = {title: {**fields, "train_iters": 1} for title, fields in cases.items()}
-    [found] = run_distributed(recipes_entered, 1, corpus, str(tmp_path), cases)
+    [found] = run_distributed(recipes_entered, 1, corpus, str(tmp_path), cases, fresh=True)
     assert found == [
         ("Float8CurrentScaling", "HYBRID"),
         ("Float8BlockScaling", "E4M3"),

@@ -1,10 +1,11 @@
-"""Run the real entry point as users do."""
+"""Run the real entry point: on ranks that are forked warm, or as a user does, from a command line."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,9 +17,10 @@ import psutil
 from megatron_hyperp import arguments
 from megatron_hyperp.config import Config
 from megatron_hyperp.training.logging import METRICS_FILE, read_metrics
-from tests.run_distributed import free_port
+from tests.run_distributed import ROOT, free_port, torchrun_environment, warm_context
 
-ROOT = Path(__file__).resolve().parents[2]
+# Seconds that the other ranks have to end once one has failed; a launcher would end them at once.
+SECONDS_TO_END = 60.0
 ENTRY = "examples/pretrain_gpt.py"
 
 
@@ -42,9 +44,64 @@ def environment() -> dict[str, str]:
 
 
 def run(config: Path, *flags: Any, ranks: int = 1, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Train and return what the command printed; the caller checks the exit code."""
-    words = command(config, *flags, ranks=ranks)
-    return subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+    """Train on ranks that are forked warm; the caller checks the exit code, the largest of all ranks'.
+
+    The ranks have torchrun's environment if there are several, and no launcher: what a launcher adds is tested with
+    :func:`launched`.
+    """
+    words = ["--config", str(config), *map(str, flags)]
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / str(rank) for rank in range(ranks)]
+        port = free_port()
+        environments = [environment() | (torchrun_environment(r, ranks, port) if ranks > 1 else {}) for r in range(ranks)]
+        processes = [
+            warm_context().Process(target=run_entry, args=(words, ROOT, log, variables))
+            for log, variables in zip(logs, environments, strict=True)
+        ]
+        for process in processes:
+            process.start()
+        deadline, failed = time.monotonic() + timeout, False
+        while any(process.is_alive() for process in processes) and time.monotonic() < deadline:
+            if not failed and any(process.exitcode for process in processes):
+                deadline, failed = min(deadline, time.monotonic() + SECONDS_TO_END), True
+            time.sleep(0.02)
+        hung = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        for process in processes:
+            process.kill()
+            process.join()
+        output, errors = (
+            "".join(log.with_suffix(suffix).read_text(errors="replace") for log in logs) for suffix in (".out", ".err")
+        )
+    assert not hung, f"ranks {hung} did not end: {output[-3000:]}{errors[-3000:]}"
+    code = max((process.exitcode or 0 for process in processes), key=abs)
+    return subprocess.CompletedProcess(words, code, output, errors)
+
+
+def run_entry(words: Sequence[str], place: Path, log: Path, variables: dict[str, str]) -> None:
+    """Run the entry point in this forked process, its output in files; it ends the process.
+
+    Args:
+        words: of the command line.
+        place: working folder.
+        log: where output goes, with the suffixes .out and .err.
+        variables: the environment.
+    """
+    os.environ.clear()
+    os.environ |= variables
+    for number, suffix in ((1, ".out"), (2, ".err")):
+        descriptor = os.open(log.with_suffix(suffix), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
+        os.dup2(descriptor, number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    os.chdir(place)
+    import torch
+
+    from examples.pretrain_gpt import main
+    from megatron_hyperp import errors
+
+    torch.set_num_threads(1)
+    # There is no launcher to end the other ranks, so that rank 0 has all the time it needs for its message.
+    errors.SECONDS_FOR_RANK_0 = 0.5
+    errors.run_command(main, list(words))
 
 
 def train(config: Path, *flags: Any, ranks: int = 1, timeout: float = 240) -> str:
