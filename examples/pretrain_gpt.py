@@ -14,6 +14,7 @@ from typing import Any
 from megatron_hyperp import arguments
 from megatron_hyperp.config import Config, flag_name
 from megatron_hyperp.errors import EXIT_STOPPED, UsageError, run_command
+from megatron_hyperp.launch import launch
 from megatron_hyperp.planning.arguments import DEFAULTS, add_cluster_flags, cluster_of
 
 
@@ -83,21 +84,17 @@ def world_size() -> int:
     """Return the ranks that the launcher started, 1 without a launcher.
 
     Raises:
-        UsageError: several processes were started without torchrun's environment, so that each would train alone; or
-            torchrun could not restart them.
+        UsageError: the launcher's variables are incomplete, or torchrun could not restart the ranks.
     """
-    if "RANK" in os.environ:
+    place = launch()
+    if place is not None:
         if restarts() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
             raise UsageError(
                 "torchrun --max-restarts would let restarted ranks look for each other where dead ones were (PyTorch"
                 " issue 135712); set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and give --standalone or --rdzv-backend c10d",
                 same_on_all_ranks=True,
             )
-        return int(os.environ["WORLD_SIZE"])
-    for name in ("WORLD_SIZE", "SLURM_NTASKS"):
-        if os.environ.get(name, "1") != "1":
-            raise UsageError(f"{name} is {os.environ[name]} but RANK is not set; start the ranks with torchrun")
-    return 1
+    return 1 if place is None else place.world_size
 
 
 if __name__ == "__main__":

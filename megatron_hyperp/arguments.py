@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from megatron_hyperp import yaml_files
-from megatron_hyperp.config import Config, flag_name
+from megatron_hyperp.config import RANGES, Config, flag_name
 from megatron_hyperp.errors import UsageError
 
 
@@ -39,6 +39,19 @@ def load_yaml(*paths: str | Path) -> Config:
         earlier = ", ".join(str(other) for other in paths[:index])
         _check_derivation(config, values, earlier, file=str(path))
         _set(config, given)
+    return config
+
+
+def load_stored(path: str | Path) -> Config:
+    """Read a config that was written beside weights. Raises: as :func:`load_yaml`.
+
+    Earlier versions wrote 0 for a number that was not set; where 0 is not a valid value, it is read as None.
+    """
+    config = load_yaml(path)
+    for section in (getattr(config, item.name) for item in dataclasses.fields(config)):
+        for item in dataclasses.fields(section):
+            if item.default is None and getattr(section, item.name) == 0 and not RANGES[item.metadata["allowed"]](0):
+                setattr(section, item.name, None)
     return config
 
 
@@ -106,11 +119,13 @@ def _unknown(name: Any, known: Iterable[str], where: str) -> UsageError:
 def convert(value: Any, hint: Any, where: str) -> Any:
     """Convert a YAML value or a flag's string to a field's type.
 
+    The word ``none`` unsets a number that may be unset, as ``null`` does in YAML.
+
     Raises:
         UsageError: the value is not of that type.
     """
     kind, optional, choices = _unwrap(hint)
-    if value is None and optional:
+    if optional and (value is None or (value == "none" and kind in (int, float))):
         return None
     if choices:
         if value not in choices:
@@ -275,7 +290,9 @@ def _check_derivation(config: Config, given: dict[str, Any], source: str, *, fil
         file: where it is given; None for flags.
     """
     for name, (section, followers) in DERIVATIONS.items():
-        fixed = [other for other in followers if getattr(getattr(config, section), other) and other not in given]
+        fixed = [
+            other for other in followers if getattr(getattr(config, section), other) is not None and other not in given
+        ]
         if given.get(name) is not None and fixed:
             raise UsageError(
                 f"{_spelled(name, given[name], file)} changes nothing in {source}, which sets {', '.join(fixed)};"

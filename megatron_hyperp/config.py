@@ -10,10 +10,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar
 
 from megatron_hyperp import transfer
 from megatron_hyperp.transfer import LearningRate, Recipe
+
+# A field that is None until ``Config.resolve`` derives it. Type checkers see the type of resolved configs.
+if TYPE_CHECKING:
+    T = TypeVar("T")
+    Derived = Annotated[T, "None until resolved"]
+else:
+    Derived = Optional
 
 NOT_NEGATIVE = "at least 0"
 POSITIVE = "greater than 0"
@@ -36,6 +43,11 @@ def knob(default: Any, help: str, allowed: str = NOT_NEGATIVE) -> Any:
     return field(default=default, metadata={"help": help, "allowed": allowed})
 
 
+def derived(help: str, allowed: str = POSITIVE) -> Any:
+    """Declare a number that follows from other fields unless it is given; 0 is a value like any other."""
+    return field(default=None, metadata={"help": help, "allowed": allowed, "derived": True})
+
+
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
     """Architecture. ``depth`` derives the paper's shape; every explicit size overrides its part of it."""
@@ -46,14 +58,16 @@ class ModelConfig:
     aspect_ratio: int = knob(
         128, "width per layer a, with --depth: hidden size a d, head size a, 2d heads, 4 KV groups", POSITIVE
     )
-    num_layers: int = knob(0, "transformer layers [depth]", COUNT)
-    hidden_size: int = knob(0, "model width w [aspect ratio x depth]")
-    ffn_hidden_size: int = knob(0, "width of the SwiGLU branch [4 x hidden size]")
-    num_attention_heads: int = knob(0, "query heads [2 x depth]")
-    num_query_groups: int = knob(0, "key-value heads, for grouped queries [gcd(4, heads) with --depth, else the heads]")
-    kv_channels: int = knob(0, "head size [aspect ratio with --depth, else hidden size / heads]")
+    num_layers: Derived[int] = derived("transformer layers [depth]", COUNT_FROM_1)
+    hidden_size: Derived[int] = derived("model width w [aspect ratio x depth]")
+    ffn_hidden_size: Derived[int] = derived("width of the SwiGLU branch [4 x hidden size]")
+    num_attention_heads: Derived[int] = derived("query heads [2 x depth]")
+    num_query_groups: Derived[int] = derived(
+        "key-value heads, for grouped queries [gcd(4, heads) with --depth, else the heads]"
+    )
+    kv_channels: Derived[int] = derived("head size [aspect ratio with --depth, else hidden size / heads]")
     seq_length: int = knob(4096, "tokens per training sequence", POSITIVE)
-    vocab_size: int = knob(0, "rows of the embedding [the tokenizer's, padded up]")
+    vocab_size: Derived[int] = derived("rows of the embedding [the tokenizer's, padded up]")
     make_vocab_size_divisible_by: int = knob(
         128, "the tokenizer's vocabulary is padded to a multiple of this", POSITIVE
     )
@@ -76,15 +90,19 @@ class ModelConfig:
 class MoEConfig:
     """Mixture of experts, in the paper's terms (sparsity, top-k, shared expert) or in Megatron's."""
 
-    moe_sparsity: int = knob(
-        0, "S: all experts over active ones; with --moe-topk makes S x K experts of FFN size / K", COUNT
+    moe_sparsity: int | None = knob(
+        None, "S: all experts over active ones; with --moe-topk makes S x K experts of FFN size / K", COUNT_FROM_1
     )
-    moe_topk: int = knob(0, "K: experts per token, the shared one included", COUNT)
+    moe_topk: int | None = knob(None, "K: experts per token, the shared one included", COUNT_FROM_1)
     moe_shared_expert: bool = knob(False, "one of the K is shared by all tokens: K - 1 of S x K - 1 are routed")
-    num_experts: int = knob(0, "routed experts of each layer; 0: a dense model [S x K, less the shared one]", COUNT)
-    moe_router_topk: int = knob(0, "routed experts per token [K, less the shared one; else 2]")
-    moe_ffn_hidden_size: int = knob(0, "FFN size of an expert [FFN size / K; else the FFN size]")
-    moe_shared_expert_intermediate_size: int = knob(0, "FFN size of the shared expert [that of an expert, if shared]")
+    num_experts: Derived[int] = derived(
+        "routed experts of each layer; 0: a dense model [S x K, less the shared one; else 0]", COUNT
+    )
+    moe_router_topk: Derived[int] = derived("routed experts per token [K, less the shared one; else 2]", NOT_NEGATIVE)
+    moe_ffn_hidden_size: Derived[int] = derived("FFN size of an expert [FFN size / K; else the FFN size]", NOT_NEGATIVE)
+    moe_shared_expert_intermediate_size: Derived[int] = derived(
+        "FFN size of the shared expert; 0: there is none [that of an expert, if shared; else 0]", NOT_NEGATIVE
+    )
     moe_gate: Literal["sqrt", "softmax"] = knob(
         "sqrt", "gates are the square roots of the top-k probabilities, so that K changes no output, or those"
     )
@@ -123,10 +141,11 @@ class ParallelConfig:
     overlap_param_gather: bool | None = knob(
         None, "gather new weights from their owners during the next forward pass [under CUDA]"
     )
-    ddp_bucket_size: int = knob(
-        0,
+    ddp_bucket_size: int | None = knob(
+        None,
         "elements from which on a bucket of gradients is closed, once its owners are balanced"
         " [the larger of 40M and 1M x data-parallel ranks, or all in one without --overlap-grad-reduce]",
+        POSITIVE,
     )
     distributed_timeout_minutes: float = knob(10.0, "a collective that waits longer ends the job", POSITIVE)
 
@@ -214,7 +233,7 @@ class DataConfig:
     split: str = knob("969,30,1", "shares of training, validation and test documents")
     tokenizer_model: str | None = knob(None, "SentencePiece .model, Hugging Face tokenizer.json, or null:VOCABULARY")
     data_cache_path: str | None = knob(None, "folder of the index caches [beside the data]")
-    num_workers: int = knob(0, "data-loading processes per rank")
+    num_workers: int = knob(0, "data-loading processes per rank; 0: the rank loads its data itself")
     eod_mask_loss: bool = knob(False, "no loss on end-of-document tokens")
 
 
@@ -223,15 +242,15 @@ class TrainingConfig:
     """How long, how much at a time, how precisely."""
 
     micro_batch_size: int = knob(1, "sequences per forward pass and rank", POSITIVE)
-    global_batch_size: int = knob(0, "sequences per step over all ranks [base batch tokens / sequence length]")
-    train_iters: int = knob(0, "optimizer steps [from the tokens]")
-    train_tokens: float = knob(0.0, "training tokens [T0 N(d)/N(d0) with --depth]")
-    exit_interval: int = knob(0, "stop at the first multiple of this iteration, saving; 0: run to the end")
+    global_batch_size: Derived[int] = derived("sequences per step over all ranks [base batch tokens / sequence length]")
+    train_iters: Derived[int] = derived("optimizer steps [from the tokens]")
+    train_tokens: Derived[float] = derived("training tokens [T0 N(d)/N(d0) with --depth]")
+    exit_interval: int = knob(0, "stop at the first multiple of this iteration, saving; 0: never, run to the end")
     exit_duration_in_mins: float | None = knob(
         None, "stop after the step in which the run has lasted so long, saving, with exit code 75 [run on]", POSITIVE
     )
     eval_interval: int = knob(100, "iterations between evaluations; 0 switches them off")
-    eval_iters: int = knob(10, "batches per evaluation, the same ones each time")
+    eval_iters: int = knob(10, "batches per evaluation, the same ones each time; 0 switches evaluation off")
     seed: int = knob(1234, "seed of initialisation and data order", SEED)
     deterministic_mode: bool = knob(
         False, "kernels and collectives of which two runs give the same bits; what has none is refused"
@@ -300,7 +319,7 @@ class CheckpointConfig:
     save: str | None = knob(None, "folder for checkpoints [none are written]")
     load: str | None = knob(None, "folder to resume from; may be empty at the first start if it is the --save folder")
     save_interval: int = knob(0, "iterations between checkpoints; 0: only at the end")
-    keep: int = knob(0, "newest checkpoints to keep; 0: all")
+    keep: int = knob(0, "newest checkpoints to keep, older ones are deleted; 0 switches deletion off")
     async_save: bool = knob(False, "write checkpoints beside the training; a save waits for the one before")
 
 

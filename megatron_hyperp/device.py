@@ -21,6 +21,8 @@ import torch
 
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.hardware import GPUS, Gpu
+from megatron_hyperp.launch import launch
+from megatron_hyperp.rendezvous import meet
 
 _CPU = torch.device("cpu")
 
@@ -166,17 +168,28 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def init_process_group(timeout_minutes: float) -> None:
-    """Join the job's process group: NCCL under CUDA, else gloo; alone, when no launcher set the environment."""
+def init_process_group(timeout_minutes: float, run: str = "") -> None:
+    """Join the job's process group: NCCL under CUDA, else gloo; alone, when no launcher set the environment.
+
+    Args:
+        timeout_minutes: of collectives, and for all ranks to come.
+        run: what all ranks of the job have in common, and other jobs do not.
+
+    Raises:
+        UsageError: the launcher's variables are incomplete, or the port where ranks meet is another program's.
+    """
+    place = launch()
     timeout = datetime.timedelta(minutes=timeout_minutes)
     if has_cuda():
         torch.cuda.set_device(device())
     backend = "nccl" if has_cuda() else "gloo"
-    if "RANK" in os.environ:
+    if place is not None and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # Torchrun hosts the store itself.
         torch.distributed.init_process_group(backend, timeout=timeout)
-    else:
-        store = torch.distributed.HashStore()
-        torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=0, world_size=1)
+        return
+    store = torch.distributed.HashStore() if place is None else meet(place, run, timeout)
+    rank, world_size = (0, 1) if place is None else (place.rank, place.world_size)
+    torch.distributed.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
 
 
 @functools.cache

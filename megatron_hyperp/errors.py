@@ -68,11 +68,11 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
     try:
         code = main(argv)
     except UsageError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or not error.same_on_all_ranks:
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.same_on_all_ranks:
             if debug:
                 traceback.print_exc()
-            who = "" if rank == 0 else f"[rank {rank}] "
+            who = "" if rank == "0" else f"[rank {rank}] "
             print(f"{who}error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(SECONDS_FOR_RANK_0)

@@ -71,18 +71,19 @@ def check_ranges(config: Config) -> None:
             if not -math.inf < value < math.inf:
                 raise UsageError(f"{flag} is {value}; it must be a finite number {allowed}")
             if not RANGES[allowed](value):
-                raise UsageError(f"{flag} is {value:g}; it must be {allowed}")
+                hint = ", or left out to be derived" if value == 0 and "derived" in item.metadata else ""
+                raise UsageError(f"{flag} is {value:g}; it must be {allowed}{hint}")
 
 
-def _fill(section: Any, **defaults: int) -> None:
-    """Set those of the fields that are still 0."""
-    for name, value in defaults.items():
-        if not getattr(section, name):
+def _fill(section: Any, **values: int) -> None:
+    """Set those of the fields that are still None."""
+    for name, value in values.items():
+        if getattr(section, name) is None:
             setattr(section, name, value)
 
 
 def _fill_from_depth(model: ModelConfig, depth: int) -> None:
-    """Set the sizes that are still 0 to the paper's."""
+    """Set the sizes that are still None to the paper's."""
     _fill(model, num_layers=depth, hidden_size=model.aspect_ratio * depth, num_attention_heads=2 * depth)
     _fill(model, kv_channels=model.aspect_ratio, num_query_groups=math.gcd(4, model.num_attention_heads))
     _fill(model, ffn_hidden_size=4 * model.hidden_size)
@@ -92,10 +93,10 @@ def _resolve_architecture(model: ModelConfig, tokenizer_vocab_size: int | None) 
     if model.depth is not None:
         _fill_from_depth(model, model.depth)
     for name in ("num_layers", "hidden_size", "num_attention_heads"):
-        if not getattr(model, name):
+        if getattr(model, name) is None:
             raise UsageError(f"the architecture lacks {flag_name(name)}; give it, or --depth for the paper's shape")
     heads = model.num_attention_heads
-    if not model.kv_channels and model.hidden_size % heads:
+    if model.kv_channels is None and model.hidden_size % heads:
         raise UsageError(
             f"--hidden-size {model.hidden_size} is not divisible by --num-attention-heads {heads};"
             f" the nearest that are: {multiples(model.hidden_size, heads)} (or give --kv-channels)"
@@ -121,10 +122,15 @@ def _resolve_architecture(model: ModelConfig, tokenizer_vocab_size: int | None) 
 def _resolve_experts(model: ModelConfig, moe: MoEConfig) -> None:
     """Derive Megatron's sizes from sparsity and top-k: S K experts of FFN size / K, of which one may be shared."""
     sparsity, topk, shared = moe.moe_sparsity, moe.moe_topk, int(moe.moe_shared_expert)
-    if bool(sparsity) != bool(topk):
-        given, missing = ("--moe-sparsity", "--moe-topk") if sparsity else ("--moe-topk", "--moe-sparsity")
+    if (sparsity is None) != (topk is None):
+        given, missing = ("--moe-sparsity", "--moe-topk") if topk is None else ("--moe-topk", "--moe-sparsity")
         raise UsageError(f"{given} needs {missing} beside it: together they make S x K experts")
-    if topk:
+    if sparsity is not None and topk is not None:
+        if moe.num_experts == 0:
+            raise UsageError(
+                f"--num-experts 0 makes a dense model, but --moe-sparsity {sparsity} and --moe-topk {topk} make"
+                " experts; leave the first out, or the other two"
+            )
         if topk == 1 and shared:
             raise UsageError(
                 "--moe-shared-expert leaves none of --moe-topk 1 to route; give 2 or more, or leave it out"
@@ -138,10 +144,16 @@ def _resolve_experts(model: ModelConfig, moe: MoEConfig) -> None:
         _fill(moe, moe_ffn_hidden_size=model.ffn_hidden_size // topk)
     if not moe.num_experts:
         _check_dense(moe)
+        fill_dense(moe)
         return
     _fill(moe, moe_router_topk=min(2, moe.num_experts), moe_ffn_hidden_size=model.ffn_hidden_size)
     if shared:
         _fill(moe, moe_shared_expert_intermediate_size=moe.moe_ffn_hidden_size)
+    needed = ["moe_router_topk", "moe_ffn_hidden_size", *(["moe_shared_expert_intermediate_size"] if shared else [])]
+    for name in needed:
+        if not getattr(moe, name):
+            raise UsageError(f"{flag_name(name)} is 0, but the model has experts; give 1 or more, or leave it out")
+    _fill(moe, moe_shared_expert_intermediate_size=0)
     if moe.moe_router_topk > moe.num_experts:
         raise UsageError(
             f"--moe-router-topk {moe.moe_router_topk} is more than the {moe.num_experts} routed experts;"
@@ -155,6 +167,11 @@ def _resolve_experts(model: ModelConfig, moe: MoEConfig) -> None:
             f" {moe.moe_router_load_balancing_type} and --moe-aux-loss-coeff {moe.moe_aux_loss_coeff:g}; leave it out,"
             " or give global and a weight above 0"
         )
+
+
+def fill_dense(moe: MoEConfig) -> None:
+    """Set the sizes of experts that are still None to 0, those of a dense model."""
+    _fill(moe, num_experts=0, moe_router_topk=0, moe_ffn_hidden_size=0, moe_shared_expert_intermediate_size=0)
 
 
 def _check_dense(moe: MoEConfig) -> None:
@@ -227,7 +244,7 @@ def _check_expert_parallelism(config: Config, world_size: int) -> None:
 
 
 def _resolve_vocabulary(model: ModelConfig, tokenizer_vocab_size: int | None) -> None:
-    if not model.vocab_size:
+    if model.vocab_size is None:
         if tokenizer_vocab_size is None:
             raise UsageError("the size of the vocabulary is not known; give --tokenizer-model or --vocab-size")
         multiple = model.make_vocab_size_divisible_by
@@ -319,15 +336,16 @@ def _check_batch(config: Config, world_size: int) -> None:
 
 def _resolve_duration(config: Config) -> None:
     training, batch = config.training, config.batch_tokens
-    if training.train_tokens:
+    if training.train_tokens is not None:
         iterations = math.ceil(training.train_tokens / batch)
         _fill(training, train_iters=iterations)
         if training.train_iters != iterations:
             raise UsageError(
                 f"--train-iters {training.train_iters} and --train-tokens {training.train_tokens:g} contradict each"
-                f" other: at {batch} tokens per batch the tokens take {iterations} iterations; give one"
+                f" other: at {batch} tokens per batch the tokens take {iterations} iterations; give one, and none"
+                " for the other if a file sets it"
             )
-    elif training.train_iters:
+    elif training.train_iters is not None:
         training.train_tokens = float(training.train_iters * batch)
     else:
         training.train_tokens = float(_token_budget(config))

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
         default="stateless",
         help="with --to hyperp: spheres of a later training, from shapes or from the norms of the weights [stateless]",
     )
-    result.add_argument("--average", type=int, default=0, metavar="N", help="mean of the newest N checkpoints of ours")
+    result.add_argument("--average", type=int, metavar="N", help="mean of the newest N checkpoints of ours; 2 or more")
     result.add_argument("--weights-only", action="store_true", help="leave out the optimizer's state")
     result.add_argument("--config", metavar="FILE", help="with --from archscale: YAML of the model")
     result.add_argument("--verify", action="store_true", help="compare all tensors, and logits where both models run")

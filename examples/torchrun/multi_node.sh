@@ -17,12 +17,13 @@ set -euo pipefail
 # The node where the others meet; it must live as long as the job.
 [ -n "${HEAD-}" ] || refuse "HEAD is not set; set it to the name or address of one of the nodes"
 
-# A free port there, and a name that no other job there has.
+# A free port there, and a name of the job that no other one there has: the user's and the run's, on all nodes the same.
 PORT=${PORT:-29500}
-JOB_ID=${JOB_ID:-$(basename -- "$RUN_DIR")}
+JOB_ID=${JOB_ID:-$(id -un)-${RUN_DIR//\//-}}
 
 # Seconds that nodes wait for each other when they meet, at the start and after a failure.
 JOIN_TIMEOUT=${JOIN_TIMEOUT:-900}
+whole JOIN_TIMEOUT
 
 meeting=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$JOB_ID")
 conf=join_timeout=$JOIN_TIMEOUT
@@ -32,4 +33,8 @@ conf=join_timeout=$JOIN_TIMEOUT
 [ -z "${NODE_ADDR-}" ] || meeting+=(--local-addr "$NODE_ADDR")
 
 choose_layout $((NNODES * NPROC_PER_NODE))
+# A port that another program or job has is refused: torchrun would wait there for ever, or meet in the other job's store.
+[ "${DRY_RUN:-0}" = 1 ] ||
+  "$PYTHON" -m megatron_hyperp.rendezvous ${IS_HEAD:+--is-head "$IS_HEAD"} --wait "$JOIN_TIMEOUT" -- \
+    "$HEAD" "$PORT" "$JOB_ID" || exit
 pretrain "${meeting[@]}" --rdzv-conf "$conf"

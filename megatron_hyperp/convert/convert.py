@@ -43,7 +43,7 @@ class Job:
         shard_bytes: of a safetensors file; None for :data:`SHARD_BYTES`.
         tokenizer: that goes with the weights; "none", or None for the one that the source names.
         radius: of the spheres in a later training: "stateless", or "from-weights".
-        average: so many of the newest checkpoints; 0: one.
+        average: so many of the newest checkpoints; None: no mean.
         weights_only: leave out the optimizer's state.
         verify: compare the output with the input.
         config: YAML of the model, for formats that have none.
@@ -58,7 +58,7 @@ class Job:
     shard_bytes: int | None
     tokenizer: str | None
     radius: str
-    average: int
+    average: int | None
     weights_only: bool
     verify: bool
     config: str | None = None
@@ -67,7 +67,7 @@ class Job:
     def resharding(self) -> bool:
         """Whether a whole checkpoint is cut anew, its optimizer's state with it."""
         same = self.source == self.target == "hyperp"
-        return same and not (self.average or self.weights_only or self.dtype or self.radius == "from-weights")
+        return same and self.average is None and not (self.weights_only or self.dtype or self.radius == "from-weights")
 
 
 def open_source(kind: str, path: str | Path, config: str | None = None) -> Source:
@@ -129,9 +129,9 @@ def convert(job: Job, *, dry_run: bool = False, say: Callable[[str], None] = pri
 
 
 def _source(job: Job) -> Source:
-    if job.average and job.radius == "from-weights":
+    if job.average is not None and job.radius == "from-weights":
         raise UsageError("--average puts matrices on the spheres of their run; leave out --radius from-weights")
-    if job.average:
+    if job.average is not None:
         return AverageSource(newest_checkpoints(job.input, job.average))
     source = open_source(job.source, job.input, job.config)
     if job.radius == "from-weights":
@@ -145,7 +145,7 @@ def _check_flags(job: Job) -> None:
     """Refuse flags that would have no effect."""
     for flag, given, needed in (
         ("--radius from-weights", job.radius == "from-weights" and job.target != "hyperp", "--to hyperp"),
-        ("--average", bool(job.average) and job.source != "hyperp", "--from hyperp"),
+        ("--average", job.average is not None and job.source != "hyperp", "--from hyperp"),
         ("--weights-only", job.weights_only and not job.source == job.target == "hyperp", "--from and --to hyperp"),
         ("--max-shard-size", job.shard_bytes is not None and job.target != "hf", "--to hf"),
         ("--tokenizer", job.tokenizer is not None and job.target != "hf", "--to hf"),
@@ -188,7 +188,7 @@ def describe(job: Job, source: Source, *, whole: bool, size: int) -> list[str]:
         )
     if job.target == "megatron-lm":
         lines.append(f"for Megatron-LM's flags --load {job.output} {megatron_lm.FLAGS}")
-    if job.average:
+    if job.average is not None:
         lines.append(f"mean of the newest {job.average} checkpoints, matrices put back on their spheres")
     return lines
 

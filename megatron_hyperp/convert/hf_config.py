@@ -8,6 +8,7 @@ from typing import Any
 from megatron_hyperp.arguments import convert, shown
 from megatron_hyperp.config import Config, MoEConfig
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.resolve import fill_dense
 
 QWEN3, LLAMA, OURS = "Qwen3ForCausalLM", "LlamaForCausalLM", "HyperPForCausalLM"
 MODEL_TYPES = {QWEN3: "qwen3", LLAMA: "llama", OURS: "hyperp"}
@@ -125,6 +126,8 @@ def from_json(content: dict[str, Any], where: str) -> Config:
     model.softmax_scale, model.residual_multiplier, model.logits_multiplier = model.kv_channels**-0.5, 1.0, 1.0
     if name == OURS:
         _read_own_fields(config, content, where)
+    else:
+        fill_dense(config.moe)
     return config
 
 

@@ -83,7 +83,7 @@ class HuggingFaceSource(Source):
         content = read_mapping(self.folder / "config.json")
         foreign = hf_config.from_json(content, str(self.folder / "config.json"))
         ours = (self.folder / CONFIG).is_file()
-        self.config = arguments.load_yaml(self.folder / CONFIG) if ours else foreign
+        self.config = arguments.load_stored(self.folder / CONFIG) if ours else foreign
         state = read_state(self.folder)
         tokenizers = [self.folder / name for name in ("tokenizer.model", "tokenizer.json")]
         found = next((str(path.resolve()) for path in tokenizers if path.is_file()), None)

@@ -42,7 +42,7 @@ class HyperPSource(Source):
             raise UsageError(f"{path} holds no checkpoint of megatron-hyperp; name a --save folder, or iter_... in it")
         self.folder = folder
         self.reader = CheckpointReader(folder)
-        self.config = arguments.load_yaml(folder / CONFIG_FILE)
+        self.config = arguments.load_stored(folder / CONFIG_FILE)
         common = self.reader.common
         check_config(self.config, str(folder))
         check_extras(common.get("progress"), common.get(RADII), str(folder))

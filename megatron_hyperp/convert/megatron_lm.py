@@ -27,6 +27,7 @@ from megatron_hyperp.convert.tensor_files import Spec, TensorReader, TensorWrite
 from megatron_hyperp.convert.writing import Item, Layout, write_checkpoint
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.pickles import megatron_classes
+from megatron_hyperp.resolve import fill_dense
 from megatron_hyperp.training.checkpointing import TRACKER, checkpoint_folder, iteration_in, read_tracker
 
 # Megatron-LM's name for a checkpoint of weights alone: it begins at iteration 0, and asks for no random states.
@@ -135,7 +136,7 @@ class MegatronSource(Source):
                 f"{folder} has no arguments of Megatron-LM in its common state; is it one of its checkpoints?"
             )
         state = read_state(folder)
-        self.config = arguments.load_yaml(folder / CONFIG) if state else from_arguments(vars(given), str(folder))
+        self.config = arguments.load_stored(folder / CONFIG) if state else from_arguments(vars(given), str(folder))
         check_config(self.config, str(folder))
         iteration = common.get("iteration", 0)
         self.extras = Extras(
@@ -209,24 +210,30 @@ def from_arguments(given: Mapping[str, Any], where: str) -> Config:
 
 def _fill(config: Config, given: Mapping[str, Any]) -> None:
     model, moe = config.model, config.moe
+
+    def number(name: str, otherwise: float) -> Any:
+        return otherwise if given.get(name) is None else given[name]
+
     for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
         setattr(model, name, int(given[name]))
     grouped = given.get("group_query_attention", False)
     model.num_query_groups = int(given["num_query_groups"]) if grouped else model.num_attention_heads
     model.vocab_size = int(given["padded_vocab_size"])
-    model.kv_channels = int(given.get("kv_channels") or model.hidden_size // model.num_attention_heads)
-    model.seq_length = int(given.get("seq_length") or model.seq_length)
-    model.norm_epsilon = float(given.get("norm_epsilon") or 1e-5)
-    model.rotary_base = int(given.get("rotary_base") or 10000)
+    model.kv_channels = int(number("kv_channels", model.hidden_size // model.num_attention_heads))
+    model.seq_length = int(number("seq_length", model.seq_length))
+    model.norm_epsilon = float(number("norm_epsilon", 1e-5))
+    model.rotary_base = int(number("rotary_base", 10000))
     model.qk_layernorm = bool(given.get("qk_layernorm"))
     model.untie_embeddings_and_output_weights = bool(given.get("untie_embeddings_and_output_weights"))
-    model.softmax_scale = float(given.get("softmax_scale") or model.kv_channels**-0.5)
+    model.softmax_scale = float(number("softmax_scale", model.kv_channels**-0.5))
     model.residual_multiplier, model.logits_multiplier = 1.0, 1.0
     if given.get("num_experts"):
         moe.num_experts, moe.moe_gate = int(given["num_experts"]), "softmax"
-        moe.moe_router_topk = int(given.get("moe_router_topk") or 2)
-        moe.moe_ffn_hidden_size = int(given.get("moe_ffn_hidden_size") or model.ffn_hidden_size)
-        moe.moe_shared_expert_intermediate_size = int(given.get("moe_shared_expert_intermediate_size") or 0)
+        moe.moe_router_topk = int(number("moe_router_topk", 2))
+        moe.moe_ffn_hidden_size = int(number("moe_ffn_hidden_size", model.ffn_hidden_size))
+        moe.moe_shared_expert_intermediate_size = int(number("moe_shared_expert_intermediate_size", 0))
+    else:
+        fill_dense(moe)
 
 
 def to_arguments(config: Config, layout: Layout, dtype: torch.dtype) -> argparse.Namespace:

@@ -101,11 +101,16 @@ def check_config(config: Config, where: str) -> None:
     lacking += [
         name for name in ("softmax_scale", "residual_multiplier", "logits_multiplier") if not getattr(model, name)
     ]
+    lacking += ["num_experts"] if moe.num_experts is None else []
     if moe.num_experts:
         lacking += [name for name in ("moe_router_topk", "moe_ffn_hidden_size") if not getattr(moe, name)]
+        shared = "moe_shared_expert_intermediate_size"
+        lacking += [shared] if getattr(moe, shared) is None else []
     if lacking:
         raise UsageError(f"{where} has a config without {', '.join(lacking)}; take another copy")
-    if model.num_attention_heads % model.num_query_groups or moe.moe_router_topk > moe.num_experts:
+    if model.num_attention_heads % model.num_query_groups or (
+        moe.num_experts and moe.moe_router_topk > moe.num_experts
+    ):
         raise UsageError(f"{where} has a config whose heads or experts do not go together; take another copy")
     if model.num_layers * max(1, moe.num_experts) > _MOST_MATRICES:
         raise UsageError(

@@ -391,8 +391,8 @@ def _lay_out(chunks: Sequence[DataParallel], domains: Sequence[Domain], config: 
         scales |= weight_scales(chunk.module, config)
     # What has no replicas does not travel.
     scales = {parameter: scale for parameter, scale in scales.items() if group_of[parameter].size() > 1}
-    bucket_size = config.parallel.ddp_bucket_size or default
-    exchange.lay_out(backward_order, shares, group_of.__getitem__, bucket_size, scales)
+    given = config.parallel.ddp_bucket_size
+    exchange.lay_out(backward_order, shares, group_of.__getitem__, default if given is None else given, scales)
 
 
 def get_hyperp_optimizer(

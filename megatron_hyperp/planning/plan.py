@@ -93,7 +93,8 @@ def make_plan(config: Config, cluster: Cluster) -> RunPlan:
 def with_vocabulary(config: Config) -> Config:
     """Return the config, not resolved, with the paper's vocabulary if it has none."""
     filled = dataclasses.replace(config, model=dataclasses.replace(config.model))
-    filled.model.vocab_size = config.model.vocab_size or PAPER_VOCABULARY
+    if filled.model.vocab_size is None:
+        filled.model.vocab_size = PAPER_VOCABULARY
     return filled
 
 

@@ -167,9 +167,9 @@ def base_yaml(base: Base, *, source: str, batch: int | None, hidden_size: int | 
 
 def _agreed(in_file: float | None, given: int | None, flag: str, source: str) -> float | None:
     """What the file or else the flag says; they must not contradict each other."""
-    if in_file and given and in_file != given:
+    if in_file is not None and given is not None and in_file != given:
         raise UsageError(f"{flag} {given} contradicts {source}, which says {in_file:g}; leave it out")
-    return in_file or given
+    return given if in_file is None else in_file
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,7 +59,9 @@ class Point:
             values = getattr(config, section)
             for item in dataclasses.fields(values):
                 value = getattr(values, item.name)
-                if item.name not in left_out and value != item.default:
+                # A derived number that is 0, as those of experts in a dense model are, has nothing to tell either.
+                absent = value == item.default or (value == 0 and "derived" in item.metadata)
+                if item.name not in left_out and not absent:
                     course[item.name] = value
         text = json.dumps({name: plain(value) for name, value in course.items()}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:KEY_LENGTH]

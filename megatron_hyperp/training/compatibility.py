@@ -66,7 +66,7 @@ def check_compatible(folder: Path, config: Config, *, weights_only: bool = False
     """
     from megatron_hyperp.optim.routing import RULES, SPHERE_RULES
 
-    saved = arguments.load_yaml(folder / CONFIG_FILE)
+    saved = arguments.load_stored(folder / CONFIG_FILE)
     # First: another recipe also changes multipliers, which below would look like another architecture.
     there, here = saved.optimizer.optimizer, config.optimizer.optimizer
     if RULES[there] != RULES[here] and not weights_only:
@@ -101,7 +101,7 @@ def _architecture(config: Config) -> dict[str, Any]:
 
 def changed_settings(folder: Path, config: Config) -> list[str]:
     """Return a line for each setting that could change the course of training and differs from the checkpoint's."""
-    saved = arguments.load_yaml(folder / CONFIG_FILE)
+    saved = arguments.load_stored(folder / CONFIG_FILE)
     before, now = saved.learning_rate().value, config.learning_rate().value
     lines = [] if before == now else [f"the peak learning rate was {before:g} in the checkpoint and is now {now:g}"]
     for section, names in COURSE.items():
@@ -116,5 +116,5 @@ def changed_settings(folder: Path, config: Config) -> list[str]:
 
 def is_of_run(folder: Path, config: Config) -> bool:
     """Whether a run with the same run folder wrote the checkpoint, so that its metrics go on."""
-    there = Path(arguments.load_yaml(folder / CONFIG_FILE).logging.run_dir)
+    there = Path(arguments.load_stored(folder / CONFIG_FILE).logging.run_dir)
     return there.resolve() == Path(config.logging.run_dir).resolve()

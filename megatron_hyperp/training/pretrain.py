@@ -38,7 +38,7 @@ def pretrain(config: Config, *, world_size: int) -> int:
     config, tokenizer, resume_from = check(config, world_size)
     device.adapt_megatron()
     try:
-        device.init_process_group(config.parallel.distributed_timeout_minutes)
+        device.init_process_group(config.parallel.distributed_timeout_minutes, run=config.logging.run_dir)
         with run_lock.held(config):
             return _pretrain(config, tokenizer, resume_from)
     except OSError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 import re
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,8 +15,10 @@ from typing import Any
 
 import pytest
 
+from megatron_hyperp import rendezvous
 from megatron_hyperp.training.logging import read_events
 from tests.functional.launch import assert_same_run, launched, train, wait_for_rows, workers, write_config
+from tests.run_distributed import free_port
 from tests.toy import toy_config, write_corpus
 
 ITERATIONS = 60
@@ -48,6 +52,40 @@ def test_killed_ranks_are_restarted_bit_for_bit(config: Path, tmp_path: Path) ->
     # Torchrun names the rank that it saw first: the killed one, or the one that lost it.
     assert len(re.findall(r" failed \(exitcode: (-9|76)\) ", errors)) == 2, errors
     assert_same_run(folder, straight, ITERATIONS)
+
+
+@pytest.mark.slow
+def test_a_port_of_another_program_is_refused_in_a_minute(config: Path, tmp_path: Path) -> None:
+    """One that accepts connections and says nothing, for which torchrun waits for ever."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port, started = taken.getsockname()[1], time.monotonic()
+        settings = {"NNODES": 2, "NPROC_PER_NODE": 1, "LAYOUT": "none", "HEAD": "127.0.0.1", "PORT": port}
+        words = ["bash", "examples/torchrun/multi_node.sh", str(config)]
+        with launched(words, **settings, RUN_DIR=tmp_path) as process:
+            _, errors = process.communicate(timeout=60)
+    assert time.monotonic() - started < 60
+    assert process.returncode == 2
+    assert errors.startswith(f"error: port {port} of 127.0.0.1 is taken, and not by the job ")
+    assert errors.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_launchers_of_one_machine_meet(config: Path, tmp_path: Path) -> None:
+    """Both find HEAD to be their own address; the later one finds the port taken, by the store of its job."""
+    settings = {"NNODES": 2, "NPROC_PER_NODE": 1, "LAYOUT": "none", "HEAD": "127.0.0.1", "PORT": free_port()}
+    settings |= {"NODE_ADDR": "127.0.0.1", "RUN_DIR": tmp_path}
+    words = ["bash", "examples/torchrun/multi_node.sh", str(config), "--train-iters", "3"]
+    with launched(words, **settings) as first:
+        wait_for_port(settings["PORT"], first)
+        with launched(words, **settings) as second:
+            ends = [process.communicate(timeout=200)[1] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], ends
+
+
+def wait_for_port(port: int, process: Popen[str]) -> None:
+    while rendezvous.is_free(port):
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.1)
 
 
 def test_a_stop_is_no_failure(config: Path, tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def test_nothing_is_left_of_a_conversion(folders: dict[str, Path], tmp_path_fact
         shard_bytes=None,
         tokenizer=None,
         radius=data.draw(st.sampled_from(["stateless", "from-weights"])),
-        average=0,
+        average=None,
         weights_only=False,
         verify=False,
     )

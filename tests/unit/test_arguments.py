@@ -178,7 +178,7 @@ YAML_REFUSALS: list[tuple[str | bytes, str]] = [
     ("training: {train_iters: x}", r"training\.train_iters is 'x'; it must be an integer"),
     ("training: {train_iters: .inf}", r"training\.train_iters is inf; it must be an integer"),
     ("training: {train_iters: .nan}", r"training\.train_iters is nan; it must be an integer"),
-    ("training: {train_iters: null}", r"training\.train_iters is None; it must be an integer"),
+    ("training: {eval_iters: null}", r"training\.eval_iters is None; it must be an integer"),
     ("training: {train_iters: 1" + 400 * "0" + "}", r"training\.train_iters is 10+\.\.\.0+; it must be an integer"),
     ("optimizer: {lr: x}", r"optimizer\.lr is 'x'; it must be a number"),
     ("optimizer: {lr: false}", r"optimizer\.lr is False; it must be a number"),

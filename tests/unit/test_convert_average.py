@@ -65,6 +65,8 @@ def test_the_mean_of_the_newest(tmp_path: Path, optimizer: str) -> None:
 
 def test_what_cannot_be_averaged_is_refused(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", model_config(), [0.1, 0.2])
+    with pytest.raises(UsageError, match=r"--average 0 needs 2 or more"):
+        convert(job(source="hyperp", target="hyperp", input=folder, output=tmp_path / "mean", average=0))
     with pytest.raises(UsageError, match=r"--average 3 needs 2 or more.*there are: iter_0000001, iter_0000002"):
         newest_checkpoints(folder, 3)
     sources = newest_checkpoints(folder, 2)

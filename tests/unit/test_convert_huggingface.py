@@ -47,7 +47,7 @@ def job(**fields: Any) -> Job:
         "shard_bytes": None,
         "tokenizer": None,
         "radius": "stateless",
-        "average": 0,
+        "average": None,
         "weights_only": False,
         "verify": False,
     }

@@ -155,6 +155,9 @@ def test_what_a_gpt_of_megatron_lm_lacks_is_refused() -> None:
 def test_arguments_that_cannot_be_expressed_are_named() -> None:
     given = vars(megatron_lm.to_arguments(model_config(), Layout(), torch.float32))
     assert from_arguments(given, "it").model.num_query_groups == 2
+    # What is 0 there is not replaced by a default; the converter then refuses it.
+    assert from_arguments(given | {"norm_epsilon": 0.0}, "it").model.norm_epsilon == 0
+    assert from_arguments(given | {"norm_epsilon": None}, "it").model.norm_epsilon == 1e-5
     for change, words in (
         ({"position_embedding_type": "learned_absolute"}, "has position_embedding_type 'learned_absolute'"),
         ({"normalization": "LayerNorm"}, "has normalization 'LayerNorm'"),

@@ -209,7 +209,7 @@ def test_the_trainer_takes_the_written_base(table: Path, tmp_path: Path, capsys:
     words = "lr --where method=hyperp depth=2 hidden_size=64 --base tokens=1e6 --token-exponent fit"
     document = fit(f"{words} --batch-tokens {BATCH} --hidden-size 64 --write-base {path}", table, capsys)
     lr = document["results"][1]["lr"]
-    size = "--vocab-size 64 --depth 2 --aspect-ratio 32 --global-batch-size 16 --train-iters 0 --train-tokens"
+    size = "--vocab-size 64 --depth 2 --aspect-ratio 32 --global-batch-size 16 --train-iters none --train-tokens"
     flags = ["--config", str(QUICKSTART), str(path), *size.split()]
     base = arguments.parse([*flags, "1e6"], description="").resolve()
     assert base.learning_rate().value == base.eta0 == lr

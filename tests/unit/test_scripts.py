@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,8 @@ SCRIPTS = sorted(
 )
 SINGLE, MULTI = "examples/torchrun/single_node.sh", "examples/torchrun/multi_node.sh"
 JOB, CHAIN, SWEEP = "examples/slurm/pretrain.sbatch", "examples/slurm/chain.sh", "examples/slurm/sweep.sbatch"
+
+NODE = {"NPROC_PER_NODE": 1, "NNODES": 2, "HEAD": "127.0.0.1", "LAYOUT": "none"}
 
 
 def bash(*words: str, **settings: object) -> subprocess.CompletedProcess[str]:
@@ -43,6 +47,9 @@ def test_shellcheck(script: str) -> None:
         ([SINGLE, "dense_d8"], {"NPROC_PER_NODE": 8, "LAYOUT": "x.yaml"}, "there is no layout x.yaml; "),
         ([MULTI, "dense_d8"], {"NPROC_PER_NODE": 8}, "NNODES is not set; "),
         ([MULTI, "dense_d8"], {"NPROC_PER_NODE": 8, "NNODES": 2}, "HEAD is not set; "),
+        ([MULTI, "dense_d8"], {**NODE, "JOIN_TIMEOUT": "long"}, "JOIN_TIMEOUT is 'long'; "),
+        ([MULTI, "dense_d8"], {**NODE, "PORT": "http"}, "PORT is 'http'; it must be a whole number"),
+        ([MULTI, "dense_d8"], {**NODE, "IS_HEAD": "maybe"}, "IS_HEAD is 'maybe'; "),
         ([JOB, "dense_d8"], {"NPROC_PER_NODE": 8}, "this is not a job; start it with sbatch"),
         ([CHAIN, "many", "--", "dense_d8"], {}, "the number of jobs is 'many'; "),
         ([CHAIN, "3", "--nodes", "8", "dense_d8"], {}, "no recipe; give options of sbatch, then --"),
@@ -54,6 +61,18 @@ def test_refusals(words: list[str], settings: dict[str, object], message: str) -
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith(f"error: {message}"), done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_taken_port_of_the_head_is_refused() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = bash(MULTI, "dense_d8", **NODE, IS_HEAD=1, PORT=port, RUN_DIR="runs/a b")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.fullmatch(
+        rf"error: port {port} of 127\.0\.0\.1 is taken, and not by the job '\w+-runs-a b'; set PORT to a free one,"
+        " the same on all nodes\n",
+        done.stderr,
+    )
 
 
 def test_dry_run_of_one_node(tmp_path: Path) -> None:
