@@ -207,7 +207,9 @@ class HyperPOptimizer(MegatronOptimizer):
     def _skip(self, kind: int, suspects: Sequence[torch.Tensor], norm: float) -> None:
         """Leave a step out, and note why; a collective call."""
         self.steps_skipped += 1
-        too_large = f"the gradient's norm is {norm:.3g}, above {LARGEST_NORM:g}, where squares overflow; set --clip-grad"
+        too_large = (
+            f"the gradient's norm is {norm:.3g}, above {LARGEST_NORM:g}, where squares overflow; set --clip-grad"
+        )
         self.fault = find_fault(self, kind, suspects) or Fault(kind, too_large)
 
     def rewrite_weights(self) -> None:

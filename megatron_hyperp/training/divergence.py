@@ -80,7 +80,7 @@ class Divergence:
         """Note it if the last step was left out; call when the iteration is counted.
 
         Raises:
-            UsageError: it was the last of ``SKIPS_IN_A_ROW``; if ``--save`` is given, the weights before them are saved.
+            UsageError: it was the last of ``SKIPS_IN_A_ROW``; with ``--save``, the weights before them are saved.
         """
         trainer, fault = self._trainer, self._trainer.optimizer.fault
         if fault is None:
