@@ -42,11 +42,18 @@ class Divergence:
 
     def __init__(self, trainer: Trainer, last_checkpoint: Path | None) -> None:
         self._trainer = trainer
-        # The one to go back to; set anew at each save.
-        self.last_checkpoint = last_checkpoint
+        self._last_checkpoint = last_checkpoint
+        # The last one that was saved after a step that moved the weights, or loaded.
+        self._last_moved = last_checkpoint
         self._in_a_row = 0
         # Whether this process has moved the weights.
         self._moved = False
+
+    def saved(self, folder: Path) -> None:
+        """Note a checkpoint to go back to."""
+        self._last_checkpoint = folder
+        if not self._in_a_row:
+            self._last_moved = folder
 
     def check(self) -> None:
         """See that the last step met sound weights; call before the iteration is counted.
@@ -68,12 +75,12 @@ class Divergence:
         Where only the model's copy of the weights is damaged, the optimizer's are those before this iteration.
         """
         again = "and without that node if this happens twice"
-        if self.last_checkpoint is not None:
-            return f"nothing of it was saved: start again from {self.last_checkpoint}, {again}"
+        if self._last_checkpoint is not None:
+            return f"nothing of it was saved: start again from {self._last_checkpoint}, {again}"
         if fault.kind == WEIGHT and self._trainer.saver is not None:
             self._trainer.optimizer.rewrite_weights()
             done = self._rescue()
-            return f"{done or f'the weights without it are saved in {self.last_checkpoint}'}: start again, {again}"
+            return f"{done or f'the weights without it are saved in {self._last_checkpoint}'}: start again, {again}"
         return "nothing was saved before: start again, with --save and --save-interval"
 
     def count(self) -> None:
@@ -100,7 +107,7 @@ class Divergence:
 
     def _way_on(self) -> str:
         """Save what the last step that was taken left, and say how to go on."""
-        before, other = self.last_checkpoint, "with a lower --lr or other data"
+        before, other = self._last_moved, "with a lower --lr or other data"
         # Where nothing has moved since the start, there is nothing new to save.
         if not self._moved or self._trainer.saver is None:
             return f"resume from an earlier checkpoint, {other}"
@@ -108,12 +115,12 @@ class Divergence:
             return failure
         further = f"--load {before} and another --save" if before else "a new run"
         return (
-            f"the weights before them are saved in {self.last_checkpoint}: the same command goes on from there with the"
+            f"the weights before them are saved in {self._last_checkpoint}: the same command goes on from there with the"
             f" data that follow; if it stops again, go back further: {further}, {other}"
         )
 
     def _rescue(self) -> str | None:
-        """Save where the run stands, and drop no older checkpoint; return why this failed, if it did."""
+        """Save where the run stands; return why this failed, if it did."""
         trainer = self._trainer
         try:
             with trainer.phases.phase("checkpoint"):

@@ -346,26 +346,28 @@ class Trainer:
         parts = self.chunks, self.optimizer, self.balance, self.scales
         return Saver(self.config, *parts, radii=self.radii, said=self._saved) if self.config.checkpoint.save else None
 
-    def _save(self, *, keep_all: bool = False) -> None:
+    def _save(self) -> None:
         assert self.saver is not None
         self.replicas.check(self.progress.iteration, f"before the save of iteration {self.progress.iteration}")
+        # After a step that was left out, the weights may be the cause: then no older checkpoint is dropped.
+        keep_all = self.optimizer.fault is not None
         self.saver.save(self.progress, run_id=self.writer.run_id, keep_all=keep_all)
 
     def rescue(self) -> None:
-        """Save where the run stands before an error ends it, and wait for it; no older checkpoint is dropped.
+        """Save where the run stands before an error ends it, and wait until that is done.
 
         Raises:
             UsageError: as :meth:`Saver.save`, or replicas differ.
         """
         assert self.saver is not None
-        self._save(keep_all=True)
+        self._save()
         self.saver.finish()
 
     def _saved(self, saved: Saved) -> None:
         waited = f", {saved.waited:.1f} s of them without training" if self.config.checkpoint.async_save else ""
         self.console.print(f"saved {saved.folder} in {saved.seconds:.1f} s{waited}")
         self.writer.event(saved.iteration, "saved", str(saved.folder))
-        self.divergence.last_checkpoint = saved.folder
+        self.divergence.saved(saved.folder)
 
     def close_reports(self) -> None:
         """Stop the progress bar, flush and close what writes metrics and traces."""
