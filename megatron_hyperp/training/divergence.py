@@ -115,8 +115,8 @@ class Divergence:
             return failure
         further = f"--load {before} and another --save" if before else "a new run"
         return (
-            f"the weights before them are saved in {self._last_checkpoint}: the same command goes on from there with the"
-            f" data that follow; if it stops again, go back further: {further}, {other}"
+            f"the weights before them are saved in {self._last_checkpoint}: the same command goes on from there, with"
+            f" the data that follow; if it stops again, go back further: {further}, {other}"
         )
 
     def _rescue(self) -> str | None:

@@ -89,7 +89,9 @@ def test_a_run_that_gives_up_saves_the_weights_before_and_goes_on_behind(prefix:
     """Without ``--save-interval``; the same command passes the place by."""
     at = range(4, 4 + SKIPS)
     words = rf"{SKIPS} steps in a row had a non-finite gradient or update, up to iteration {at[-1]} .*the gradient of "
-    with pytest.raises(UsageError, match=words + r"decoder\S+ on rank 0 .* are saved in \S+iter_0000023: the same"):
+    with pytest.raises(
+        UsageError, match=words + r"decoder\S+ on rank 0 .* are saved in \S+iter_0000023: the same command goes on"
+    ):
         train(prefix, tmp_path, plant=bad_gradient, at=at)
     assert names(tmp_path) == ["iter_0000023"]
     events = [event for event in read_events(tmp_path) if event["kind"] == "skipped"]
