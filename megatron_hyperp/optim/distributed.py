@@ -27,13 +27,20 @@ from megatron_hyperp.optim.checkpoint import sharded_state, sharded_weights
 from megatron_hyperp.optim.data_parallel import DataParallel, Exchange
 from megatron_hyperp.optim.domains import Domain, domains_of
 from megatron_hyperp.optim.families import Family, families_of
+from megatron_hyperp.optim.magnitudes import factors_in_range, rescale_, squared_norms
 from megatron_hyperp.optim.muonh import momentum_
 from megatron_hyperp.optim.observing import StepObserver, turned
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from megatron_hyperp.optim.routing import MATRIX_ROLES, SPHERE_RULES, describe, routes_of
+from megatron_hyperp.optim.soundness import GRADIENT, UPDATE, Fault, any_on_a_rank, find_fault
 from megatron_hyperp.optim.tensor_parallel import Job, machine, orthogonalize_family
 from megatron_hyperp.optim.tensor_parallel import describe as describe_strategies
 from megatron_hyperp.parameters import DISTINCT, named_parameters
+
+# Largest norm of the clipped gradients: squares of their elements, and sums of them in momenta, are in range in fp32.
+LARGEST_NORM = 1e19
+# Below this, elements of a gradient's squared norm may have been denormal.
+SMALLEST_SQUARED_NORM = 1e-20
 
 
 class HyperPOptimizer(MegatronOptimizer):
@@ -75,6 +82,8 @@ class HyperPOptimizer(MegatronOptimizer):
         self.is_stub_optimizer = False
         self.steps_taken = 0
         self.steps_skipped = 0
+        # Why the last step was left out; None if it was taken.
+        self.fault: Fault | None = None
         momentum_dtype = torch.bfloat16 if self.config.momentum_dtype == "bf16" else torch.float32
         self.families = [family for domain in self.domains for family in families_of(domain, momentum_dtype)]
         for family in self.families:
@@ -142,35 +151,47 @@ class HyperPOptimizer(MegatronOptimizer):
     def step(self) -> tuple[bool, float, None]:
         """Take one step with the reduced gradients in ``main_grad``.
 
+        Numbers that are not finite never reach the weights: where a gradient or an update has one, no rank moves any
+        weight, and :attr:`fault` names the tensor.
+
         Returns:
-            Whether it was taken (a non-finite gradient norm skips it, on every rank alike), the global gradient norm
-            before clipping, and None for Megatron-Core's count of zeros.
+            Whether it was taken, the global gradient norm before clipping, and None for Megatron-Core's count of zeros.
         """
+        self.fault = None
         gradients = [family.gradients() for family in self.families]
         norm = self._global_norm(gradients)
         if self.observer is not None:
             for family, gradient in zip(self.families, gradients, strict=True):
                 self.observer.gradients(family, gradient, _weight_in_norms(family))
-        if not math.isfinite(norm):
-            self.steps_skipped += 1
-            return False, norm, None
         clip = self.config.clip_grad
+        if not (math.isfinite(norm) and (min(norm, clip) if clip else norm) <= LARGEST_NORM):
+            self._skip(GRADIENT, gradients, norm)
+            return False, norm, None
         # A rank may own nothing: there can be more of them than rows and matrices.
         if gradients and clip and norm > clip:
-            # One fused multiply over all gradients.
-            torch._foreach_mul_(gradients, clip / norm)
+            for factor in factors_in_range(clip / norm):
+                # One fused multiply over all gradients.
+                torch._foreach_mul_(gradients, factor)
+        # The state has taken in the gradients, whether or not the weights are moved.
         self.steps_taken += 1
         directions = [
             self._direction(family, gradient) for family, gradient in zip(self.families, gradients, strict=True)
         ]
         on_sphere = [(f, d) for f, d in zip(self.families, directions, strict=True) if f.rule in SPHERE_RULES]
-        products = self._sum_over_parts([sphere.inner_products(f.master, d) for f, d in on_sphere], width=3)
-        for (family, direction), product in zip(on_sphere, products, strict=True):
+        # Each rank scales its part of U as it needs to; sums over the parts are of U itself.
+        powers = [sphere.powers_of(rescale_(direction)) for _, direction in on_sphere]
+        local = [sphere.inner_products(f.master, d) / each for (f, d), each in zip(on_sphere, powers, strict=True)]
+        products = self._sum_over_parts(local, width=3)
+        off_sphere = [d for f, d in zip(self.families, directions, strict=True) if f.rule not in SPHERE_RULES]
+        if any_on_a_rank([~values.sum().isfinite() for values in (*products, *off_sphere)]):
+            self._skip(UPDATE, directions, norm)
+            return False, norm, None
+        for (family, direction), product, each in zip(on_sphere, products, powers, strict=True):
             lr, decay = family.group["lr"], family.group["weight_decay"]
             if self.observer is not None:
                 move = sphere.move_of(product, radii=family.radii, lr=lr)
                 self.observer.angles(family, turned(product, shrink=1.0 - lr * decay, move=move))
-            sphere.step_(family.master, direction, product, radii=family.radii, lr=lr, weight_decay=decay)
+            sphere.step_(family.master, direction, product * each, radii=family.radii, lr=lr, weight_decay=decay)
         if self.observer is not None:
             self._observe_off_sphere(self.observer, directions)
         for family, direction in zip(self.families, directions, strict=True):
@@ -182,6 +203,18 @@ class HyperPOptimizer(MegatronOptimizer):
                 self.observer.drifts(family, sphere.relative_drift(family.master, family.radii, squares))
         self._update_model()
         return True, norm, None
+
+    def _skip(self, kind: int, suspects: Sequence[torch.Tensor], norm: float) -> None:
+        """Leave a step out, and note why; a collective call."""
+        self.steps_skipped += 1
+        too_large = (
+            f"the gradient's norm is {norm:.3g}, above {LARGEST_NORM:g}, where squares overflow; set --clip-grad"
+        )
+        self.fault = find_fault(self, kind, suspects) or Fault(kind, too_large)
+
+    def rewrite_weights(self) -> None:
+        """Give the model the weights that its fp32 masters have, on all ranks; a collective call."""
+        self._update_model()
 
     def _observe_off_sphere(self, observer: StepObserver, directions: Sequence[torch.Tensor]) -> None:
         """Note the angles that matrices off the sphere are about to turn."""
@@ -232,7 +265,17 @@ class HyperPOptimizer(MegatronOptimizer):
             summed[0] += _weight_in_norms(family) * (gradient * gradient).sum(dtype=torch.float64)
         dist.all_reduce(summed, group=self.get_grad_stats_parallel_group())
         squared, *self.votes = summed.tolist()
+        if not SMALLEST_SQUARED_NORM < squared < math.inf:
+            squared = self._squared_norm_of_any_size(gradients)
         return math.sqrt(squared) if math.isfinite(squared) else squared
+
+    def _squared_norm_of_any_size(self, gradients: Sequence[torch.Tensor]) -> float:
+        """Return the squared norm over all gradients where squares of elements are not in range in fp32."""
+        summed = torch.zeros((), dtype=torch.float64, device=device.device())
+        for family, gradient in zip(self.families, gradients, strict=True):
+            summed += _weight_in_norms(family) * squared_norms(gradient).sum()
+        dist.all_reduce(summed, group=self.get_grad_stats_parallel_group())
+        return float(summed)
 
     def _update_model(self, *, exact: bool = False) -> None:
         """Write what this rank owns into the model and gather the rest from the other owners; ``exact``: not in FP8."""

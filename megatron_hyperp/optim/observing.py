@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_hyperp import device
 from megatron_hyperp.optim.families import Family
+from megatron_hyperp.optim.magnitudes import squared_norms
 
 GROUPS = ("embedding", "output", "attention", "mlp", "experts", "router", "vectors")
 # Groups of matrices inside layers.
@@ -73,7 +74,7 @@ class StepObserver:
 
     def gradients(self, family: Family, gradients: torch.Tensor, weight: float) -> None:
         """Take in a family's gradients [count, rows, columns]; ``weight`` is 0 for copies that others count."""
-        squares = weight * (gradients * gradients).sum(dim=(1, 2), dtype=torch.float64)
+        squares = weight * squared_norms(gradients)
         self._squares.index_add_(0, self._groups[id(family)], squares)
 
     def angles(self, family: Family, angles: torch.Tensor) -> None:

@@ -15,6 +15,7 @@ import torch
 from megatron_hyperp import device
 from megatron_hyperp.config import OptimizerConfig
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.optim.magnitudes import largest_elements, power_of_two
 
 Coefficients = tuple[float, float, float]
 
@@ -42,6 +43,7 @@ COEFFICIENTS: dict[str, tuple[Coefficients, ...]] = {
 }
 # Polar Express tolerates rounding above 1 when X, and all steps but the last of its set, are shrunk by this factor.
 POLAR_EXPRESS_SAFETY = 1.01
+# In place of the norm of a zero matrix, which stays zero. Matrices are scaled first, so that no other norm is as small.
 SMALLEST_NORM = 1e-30
 # So many matrices of any size, of two bytes or more an element, are whole cache lines of 64 bytes.
 ALIGNED_RUN = 32
@@ -194,6 +196,9 @@ class NewtonSchulz:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Orthogonalize [m, n], or each matrix of [batch, m, n]; a zero matrix stays zero.
 
+        Any other finite matrix, down to denormal and up to the largest numbers, gives what a rescaled copy gives: the
+        same bits if the factor is a power of two.
+
         Returns:
             A tensor of the shape and dtype of ``x`` whose singular values are near 1.
 
@@ -222,10 +227,14 @@ class NewtonSchulz:
         return iterate(self._normalize(batch).to(self.dtype)).to(batch.dtype)
 
     def _normalize(self, batch: torch.Tensor) -> torch.Tensor:
-        """Scale each matrix to Frobenius norm 1, at least in fp32, which bounds its singular values by 1."""
+        """Scale each matrix to Frobenius norm 1, at least in fp32, which bounds its singular values by 1.
+
+        Matrices of any finite size: see :mod:`~megatron_hyperp.optim.magnitudes`.
+        """
         batch = batch.to(torch.promote_types(batch.dtype, torch.float32))
+        batch = batch * power_of_two(largest_elements(batch))
         norms = torch.linalg.vector_norm(batch, dim=(1, 2), keepdim=True)
-        return batch / (norms * self.norm_margin).clamp_min(SMALLEST_NORM)
+        return batch.div_((norms * self.norm_margin).clamp_min(SMALLEST_NORM))
 
     @property
     def norm_margin(self) -> float:

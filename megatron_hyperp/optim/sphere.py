@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from megatron_hyperp.optim.magnitudes import rescale_
+
 SMALLEST_NORM = 1e-30
 
 
@@ -54,9 +56,16 @@ def dots(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vecdot(x, y).sum(dim=1, dtype=torch.float64)
 
 
+def powers_of(factors: torch.Tensor) -> torch.Tensor:
+    """Return [count, 3] float64: what :func:`inner_products` are multiplied by where U is multiplied by ``factors``."""
+    factors = factors.double()
+    return torch.stack([torch.ones_like(factors), factors, factors.square()], dim=1)
+
+
 def move_of(products: torch.Tensor, *, radii: torch.Tensor, lr: float) -> torch.Tensor:
     """Return lr R / ||U||, the factor on U that makes the step a fraction of the radius, [count]; as :func:`step_`."""
-    return lr * radii / products[:, 2].sqrt().clamp_min(SMALLEST_NORM)
+    norms = products[:, 2].sqrt()
+    return torch.where(norms == 0, 0.0, lr * radii / norms)
 
 
 def step_(
@@ -75,7 +84,8 @@ def step_(
 
     Args:
         weights: [count, rows, columns] fp32, global or local parts.
-        directions: the same shape; a zero direction moves nothing.
+        directions: the same shape, with largest elements near 1 (:func:`~megatron_hyperp.optim.magnitudes.rescale_`;
+            the step does not depend on their size); a zero direction moves nothing.
         products: :func:`inner_products` of the global matrices.
         radii: [count] float64.
         lr: the fraction eta.
@@ -167,6 +177,7 @@ class SphereOptimizer(torch.optim.Optimizer):
                 gradients = torch.stack([parameter.grad for parameter in family]).to(dtype)
                 radii = torch.tensor([group["radii"][index] for index in indices], dtype=torch.float64)
                 directions = self.directions(family, gradients, group)
+                rescale_(directions)
                 products = inner_products(weights, directions)
                 decay = group["weight_decay"]
                 step_(weights, directions, products, radii=radii.to(weights.device), lr=group["lr"], weight_decay=decay)

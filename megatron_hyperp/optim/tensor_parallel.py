@@ -7,7 +7,8 @@ does not depend on the number of matrices.
 * ``gather``: all-gather the shards; every rank orthogonalizes every matrix.
 * ``all_to_all``: each rank gets some of the matrices whole, orthogonalizes those, and sends the shards back.
 * ``gram``: shards form partial Gram matrices, which are reduce-scattered so that each rank owns some of them, iterates
-  those alone, and all-gathers the resulting polynomials; the long products with X stay local.
+  those alone, and all-gathers the resulting polynomials; the long products with X stay local. One all-reduce of a
+  number per matrix, its largest element, keeps those sums of squares in range.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch.nn.functional import pad
 
 from megatron_hyperp import device
+from megatron_hyperp.optim.magnitudes import largest_elements, power_of_two
 from megatron_hyperp.optim.orthogonalize import SMALLEST_NORM, NewtonSchulz, gram_polynomial, symmetric_product
 from megatron_hyperp.parameters import REPLICATED
 from megatron_hyperp.text import aligned
@@ -142,9 +144,16 @@ def _gram(
     # X with its rows whole and its columns, the long side, sharded.
     x = family.mT if partition_dim == 0 else family
     dtype = newton_schulz.dtype
+    largest = largest_elements(x)
+    own = power_of_two(largest)
+    x = x * own
     # In half precision X is kept near norm 1, while Gram matrices travel in the family's precision.
     scale = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp_min(SMALLEST_NORM)
-    x = (x / scale).to(dtype)
+    x = x.div_(scale).to(dtype)
+    # Partial Gram matrices are sums of squares: all ranks scale theirs by the power of two of the whole matrix. What a
+    # rank holds may be so much smaller than the rest that its part is 0.
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
+    scale.mul_(power_of_two(largest) / own)
     for number, segment in enumerate(newton_schulz.segments):
         first = number == 0
         partial = symmetric_product(x, x.mT, backend=newton_schulz.backend).to(family.dtype)
@@ -294,12 +303,13 @@ def costs(job: Job, newton_schulz: NewtonSchulz, *, itemsize: int = 4) -> dict[s
     # What does not depend on m is the iteration on Gram matrices, each at its owner; the rest is local on every rank.
     polynomials = newton_schulz.polynomial_flops(n)
     flops = job.count * (newton_schulz.flops(n, m, "gram") - polynomials) / p + share * polynomials
-    sent = 2 * len(segments) * share * p * square * others
+    # And the largest element of each matrix, from all ranks to all.
+    sent = (2 * len(segments) * share * p * square + 2 * job.count * itemsize) * others
     copied = len(segments) * (4 * job.count * square + 3 * job.count * size / p)
     if short:
         sent += 2 * job.count * size / p * others
         copied += 4 * job.count * size / p
-    result["gram"] = Cost(flops, sent, copied, 2 * len(segments) + (2 if short else 0))
+    result["gram"] = Cost(flops, sent, copied, 2 * len(segments) + 1 + (2 if short else 0))
     return result
 
 

@@ -96,8 +96,11 @@ def _exchange(config: Config, item: Holding) -> Cost:
 
 
 def _norms(held: Sequence[Holding], world_size: int) -> Cost:
-    """An all-reduce of one number over all ranks, and of three for each matrix over those that hold parts of it."""
-    sums = [(1, world_size)]
+    """Two all-reduces of one number over all ranks, and of three for each matrix over those that hold parts of it.
+
+    The two are the gradient's norm, and whether an update is not finite.
+    """
+    sums = [(1, world_size), (1, world_size)]
     for number, item in enumerate(held):
         partial = partial_matrices(item.routes, item.plan, item.tensor, on_sphere=True)
         # Experts are never cut over data-parallel ranks.

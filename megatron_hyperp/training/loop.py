@@ -16,12 +16,12 @@ from megatron_hyperp import device
 from megatron_hyperp.config import Config, micro_batches
 from megatron_hyperp.data import batches as micro
 from megatron_hyperp.data.datasets import build_datasets
-from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training import checkpointing, heartbeats
 from megatron_hyperp.training.alarms import ACTIONS, Alarms
 from megatron_hyperp.training.checkpointing import Progress
 from megatron_hyperp.training.compatibility import changed_settings, is_of_run
 from megatron_hyperp.training.description import describe
+from megatron_hyperp.training.divergence import Divergence, check_loaded
 from megatron_hyperp.training.forward import Batches, forward_step
 from megatron_hyperp.training.logging import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, Console, MetricsWriter
 from megatron_hyperp.training.meter import Meter
@@ -31,8 +31,6 @@ from megatron_hyperp.training.replicas import Replicas
 from megatron_hyperp.training.saving import Saved, Saver
 from megatron_hyperp.training.setup import build, initialize_megatron
 from megatron_hyperp.training.signals import StopRequests
-
-SKIPS_IN_A_ROW = 20
 
 
 class Trainer:
@@ -93,12 +91,13 @@ class Trainer:
             lambda: (self.progress.iteration, self.phases.current),
         )
         self.report_alive: Callable[[], None] = lambda: None
-        self._skips_in_a_row = 0
+        self.divergence = Divergence(self, None if weights_only else resume_from)
         self.progress, run_id = Progress(), None
         if resume_from is not None:
             self.progress, run_id = checkpointing.load_checkpoint(
                 config, resume_from, self.chunks, self.optimizer, self.balance, self.scales
             )
+            check_loaded(self, resume_from)
             self.scheduler.step(self.progress.iteration)
             done = "began with the weights of" if weights_only else "resumed from"
             self.console.print(f"{done} {resume_from} at iteration {self.progress.iteration}")
@@ -185,14 +184,15 @@ class Trainer:
                     losses = self._train_batch(batches)
                 self.replicas.check_step(self.progress.iteration + 1)
                 with self.phases.phase("optimizer"):
-                    taken, grad_norm, _ = self.optimizer.step()
-            self._watch_skips(taken)
+                    _, grad_norm, _ = self.optimizer.step()
+            self.divergence.check()
             self.scheduler.step(1)
             self.progress.iteration += 1
             self.progress.consumed_samples += training.global_batch_size
             self.progress.consumed_tokens += config.batch_tokens
             self.report_alive()
             meter.add(losses, lr, grad_norm)
+            self.divergence.count()
             iteration, last = self.progress.iteration, self.progress.iteration == training.train_iters
             self.stopped = None if last else self.stop_requests.reason(self.optimizer.votes)
             stopping = last or bool(training.exit_interval and iteration % training.exit_interval == 0)
@@ -264,16 +264,6 @@ class Trainer:
             f"files: {', '.join(str(folder / name) for name in files)}"
             + (f"; checkpoints in {config.checkpoint.save}" if config.checkpoint.save else "")
         )
-
-    def _watch_skips(self, taken: bool) -> None:
-        """Stop, without saving, when no step has been taken for a while: the weights themselves are then non-finite."""
-        self._skips_in_a_row = 0 if taken else self._skips_in_a_row + 1
-        if self._skips_in_a_row >= SKIPS_IN_A_ROW:
-            raise UsageError(
-                f"{SKIPS_IN_A_ROW} steps in a row had a non-finite gradient, up to iteration"
-                f" {self.progress.iteration + 1}; resume from an earlier checkpoint, with a lower --lr or other data",
-                same_on_all_ranks=True,
-            )
 
     def _base_lr(self) -> float:
         """The learning rate of tensors whose multiplier is 1."""
@@ -359,12 +349,25 @@ class Trainer:
     def _save(self) -> None:
         assert self.saver is not None
         self.replicas.check(self.progress.iteration, f"before the save of iteration {self.progress.iteration}")
-        self.saver.save(self.progress, run_id=self.writer.run_id)
+        # After a step that was left out, the weights may be the cause: then no older checkpoint is dropped.
+        keep_all = self.optimizer.fault is not None
+        self.saver.save(self.progress, run_id=self.writer.run_id, keep_all=keep_all)
+
+    def rescue(self) -> None:
+        """Save where the run stands before an error ends it, and wait until that is done.
+
+        Raises:
+            UsageError: as :meth:`Saver.save`, or replicas differ.
+        """
+        assert self.saver is not None
+        self._save()
+        self.saver.finish()
 
     def _saved(self, saved: Saved) -> None:
         waited = f", {saved.waited:.1f} s of them without training" if self.config.checkpoint.async_save else ""
         self.console.print(f"saved {saved.folder} in {saved.seconds:.1f} s{waited}")
         self.writer.event(saved.iteration, "saved", str(saved.folder))
+        self.divergence.saved(saved.folder)
 
     def close_reports(self) -> None:
         """Stop the progress bar, flush and close what writes metrics and traces."""

@@ -100,12 +100,13 @@ class Saver:
         self._root = Path(config.checkpoint.save)
         self._queue = AsyncCallsQueue()
 
-    def save(self, progress: Progress, *, run_id: str | None = None) -> None:
+    def save(self, progress: Progress, *, run_id: str | None = None, keep_all: bool = False) -> None:
         """Write a checkpoint, make it the latest, drop those beyond ``--keep``; with ``--async-save``, begin to.
 
         Args:
             progress: where the run stands.
             run_id: of the Weights & Biases run, so that a resumed run continues it.
+            keep_all: drop no older checkpoint, whatever ``--keep`` says.
 
         Raises:
             UsageError: a weight or a state of the optimizer is not finite, or the checkpoint cannot be written.
@@ -121,7 +122,7 @@ class Saver:
             _start_manager()
             request = dist_checkpointing.save(state, str(partial), async_sharded_save=True)
             assert request is not None
-            request.add_finalize_fn(functools.partial(self._complete, partial, saved))
+            request.add_finalize_fn(functools.partial(self._complete, partial, saved, keep_all))
             if self._config.checkpoint.async_save:
                 self._queue.schedule_async_request(request)
                 saved.waited = saved.seconds + time.monotonic()
@@ -174,7 +175,7 @@ class Saver:
                 same_on_all_ranks=isinstance(error, CheckpointException),
             ) from error
 
-    def _complete(self, partial: Path, saved: Saved) -> None:
+    def _complete(self, partial: Path, saved: Saved, keep_all: bool) -> None:
         """Make what has been written the latest checkpoint."""
         sums = _checksums(partial)
         if dist.get_rank() == 0:
@@ -185,7 +186,7 @@ class Saver:
             # Nor does a loss of power leave a tracker that names nothing, or drop what this replaces.
             flush(self._root)
             write_atomically(self._root / TRACKER, f"{saved.iteration}\n", durable=True)
-            drop_old(self._root, self._config.checkpoint.keep, saved.iteration)
+            drop_old(self._root, 0 if keep_all else self._config.checkpoint.keep, saved.iteration)
         dist.barrier()
         saved.seconds += time.monotonic()
         self._said(saved)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_hyperp.optim.soundness import STATE, WEIGHT
 from tests import tolerances
 from tests.run_distributed import free_port, run_distributed
 from tests.toy import toy_config, write_corpus
@@ -126,7 +128,7 @@ def step_with_bad_gradients(prefix: str, folder: str, overrides: dict[str, Any])
     device.init_process_group(1)
     trainer = Trainer(config, tokenizer, None)
     batches = trainer._batches(trainer.train_set, 0)
-    taken = []
+    taken, faults = [], []
     for bad in (float("nan"), float("inf"), None):
         before = [family.master.clone() for family in trainer.optimizer.families]
         states = [value.clone() for family in trainer.optimizer.families for value in family.state.values()]
@@ -136,14 +138,61 @@ def step_with_bad_gradients(prefix: str, folder: str, overrides: dict[str, Any])
             family = next(f for f in trainer.optimizer.families if f.routes[0].role == ROLE_OF_BAD[math.isnan(bad)])
             family.blocks[0].of(family.routes[0].parameter.main_grad)[0, 0, 0] = bad
         success, _, _ = trainer.optimizer.step()
+        faults.append(trainer.optimizer.fault and trainer.optimizer.fault.text)
         after = [family.master for family in trainer.optimizer.families]
         states_after = [value for family in trainer.optimizer.families for value in family.state.values()]
         unchanged = all(torch.equal(a, b) for a, b in zip(before + states, after + states_after, strict=True))
         taken.append((success, unchanged))
     counters = trainer.optimizer.state_dict()
+    sizes = steps_of_any_size(trainer, batches)
+    kinds = faults_of_state(trainer, batches)
     trainer.close_reports()
     trainer.leave_groups()
-    return {"taken": taken, "counters": counters}
+    return {"taken": taken, "faults": faults, "counters": counters, "sizes": sizes, "kinds": kinds}
+
+
+def steps_of_any_size(trainer: Any, batches: Any) -> list[tuple[bool, float, float]]:
+    """Step with gradients of any size and no older state: whether it was taken, the norm, how far spheres are left.
+
+    Sizes are powers of two; the last is too large for Adam's squares, and not clipped.
+    """
+    optimizer, found = trainer.optimizer, []
+    for power in (0, -110, -70, 60, 100, 100):
+        trainer._forward_backward(batches, forward_only=False)
+        optimizer.config.clip_grad = 0.0 if len(found) == 5 else 1.0
+        for family in optimizer.families:
+            for state in family.state.values():
+                state.zero_()
+            for run in family.runs:
+                run.gradients.mul_(2.0**power)
+        success, norm, _ = optimizer.step()
+        found.append((success, norm / 2.0**power, optimizer.radius_drift()))
+    return found
+
+
+def faults_of_state(trainer: Any, batches: Any) -> list[tuple[int, str, bool]]:
+    """Plant a NaN on the last rank, in a momentum and then in the model's weights; say what the steps found.
+
+    The weights that follow from the optimizer's are whole again.
+    """
+    optimizer, last = trainer.optimizer, int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+    optimizer.config.clip_grad, found = 1.0, []
+    family = next(family for family in optimizer.families if family.rule == "muonh")
+    for tensor in (family.state["momentum_buffer"], family.routes[0].parameter.detach()):
+        trainer._forward_backward(batches, forward_only=False)
+        if last:
+            tensor.view(-1)[0] = math.nan
+        if tensor.ndim == 2:
+            trainer._forward_backward(batches, forward_only=False)
+        masters = [each.master.clone() for each in optimizer.families]
+        assert not optimizer.step()[0]
+        same = all(torch.equal(a, b.master) for a, b in zip(masters, optimizer.families, strict=True))
+        found.append((optimizer.fault.kind, optimizer.fault.text, same))
+        family.state["momentum_buffer"].nan_to_num_()
+    optimizer.rewrite_weights()
+    trainer._forward_backward(batches, forward_only=False)
+    assert optimizer.step()[0]
+    return found
 
 
 @pytest.mark.parametrize(
@@ -157,3 +206,21 @@ def test_a_non_finite_gradient_skips_the_step_on_every_rank(
     for result in run_distributed(step_with_bad_gradients, world_size, write_corpus(tmp_path), str(tmp_path), layout):
         assert result["taken"] == [(False, True), (False, True), (True, False)]
         assert result["counters"] == {"steps_taken": 1, "steps_skipped": 2}
+        names = ("output_layer.weight", "norm")
+        for name, text in zip(names, result["faults"], strict=False):
+            assert re.search(rf"the gradient of .*{name}.* on rank {world_size - 1} is not finite", text), text
+        assert result["faults"][2] is None
+        check_sizes(result["sizes"])
+        (state, of_state, same), (weight, of_weight, also) = result["kinds"]
+        assert (state, weight, same, also) == (STATE, WEIGHT, True, True)
+        assert re.match(rf"the optimizer's momentum_buffer of decoder.* on rank {world_size - 1} is not", of_state)
+        assert re.match(rf"the weight decoder.* on rank {world_size - 1} is not finite", of_weight)
+
+
+def check_sizes(sizes: list[tuple[bool, float, float]]) -> None:
+    """Gradients of any finite size are taken if clipping brings them into range, and no matrix leaves its sphere."""
+    for success, norm, drift in sizes[:-1]:
+        assert success
+        assert norm == pytest.approx(sizes[0][1], rel=0.5)
+        assert drift < tolerances.RADIUS_DRIFT
+    assert sizes[-1][0] is False

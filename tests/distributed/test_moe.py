@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,65 @@ def test_idle_experts_stall_nothing(tmp_path: Path) -> None:
     assert four[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
     assert four[0]["tokens_per_expert"] == one[0]["tokens_per_expert"]
     assert all(row["radius_drift"] < tolerances.RADIUS_DRIFT for row in four)
+
+
+MASKED, LAST_TOKEN, STEPS = 1, 50, 1500
+
+
+def train_masked(prefix: str, folder: str) -> dict[str, Any]:
+    """Train; one expert gets no token after step ``LAST_TOKEN``. Return metrics, and its largest momentum."""
+    from megatron.core.transformer.moe.router import TopKRouter
+
+    from megatron_hyperp import device
+    from megatron_hyperp.data.tokenizer import load_tokenizer
+    from megatron_hyperp.training.loop import Trainer
+
+    device.adapt_megatron()
+    device.init_process_group(1)
+    shape = {"hidden_size": 32, "num_layers": 2, "micro_batch_size": 4, "global_batch_size": 8, "seq_length": 32}
+    config = toy_config(prefix, Path(folder), **{**MOE, **EP2, **shape, "train_iters": STEPS, "log_interval": 10})
+    trainer = Trainer(config.resolve(world_size=2), load_tokenizer(config.data.tokenizer_model or ""), None)
+    original = TopKRouter.gating
+
+    def gating(self: Any, x: torch.Tensor) -> torch.Tensor:
+        logits = original(self, x)
+        if trainer.progress.iteration < LAST_TOKEN:
+            return logits
+        barred = torch.zeros(logits.shape[-1]).index_fill_(0, torch.tensor(MASKED), -1e4)
+        return logits + barred
+
+    TopKRouter.gating = gating
+    trainer.train()
+    largest = [
+        float(momentum.abs().max())
+        for family in trainer.optimizer.families
+        for entry, momentum in zip(family.routes, family.state.get("momentum_buffer", ()), strict=False)
+        if f".local_experts.{MASKED}." in entry.name
+    ]
+    finite = all(bool(tensor.isfinite().all()) for f in trainer.optimizer.families for tensor in f.tensors().values())
+    drift = trainer.optimizer.radius_drift()
+    trainer.close_reports()
+    return {"rows": read_metrics(Path(folder)), "momenta": largest, "finite": finite, "drift": drift}
+
+
+@pytest.mark.slow
+def test_an_expert_without_tokens_for_long_harms_nothing(tmp_path: Path) -> None:
+    """Its momentum falls by 0.95 a step, below 1e-30 and on."""
+    results = run_distributed(train_masked, 2, write_corpus(tmp_path), str(tmp_path))
+    rows = results[0]["rows"]
+    # The four matrices of the expert in two layers, all on one rank.
+    momenta = [value for result in results for value in result["momenta"]]
+    print(f"\nloss {rows[0]['loss']:.3f} to {rows[-1]['loss']:.3f}, momenta {momenta}, drift {results[0]['drift']:.1e}")
+    assert len(momenta) == 4
+    assert all(0 < value < 1e-30 for value in momenta)
+    assert all(
+        layer[MASKED] == 0 for row in rows if row["iteration"] > LAST_TOKEN for layer in row["tokens_per_expert"]
+    )
+    assert len(rows) == STEPS // 10
+    assert all(math.isfinite(row["loss"]) for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["skipped"] == 0
+    assert all(result["finite"] and result["drift"] < tolerances.RADIUS_DRIFT for result in results)
 
 
 RESHARDED: dict[str, tuple[int, dict[str, Any]]] = {

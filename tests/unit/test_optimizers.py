@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_hyperp.optim import AdamH, MuonH, newton_schulz
-from megatron_hyperp.optim.orthogonalize import coefficient_schedule
+from megatron_hyperp.optim.orthogonalize import NewtonSchulz, coefficient_schedule
 from megatron_hyperp.optim.sphere import adamh_radius, muonh_radius, relative_drift
 from tests import tolerances
 
@@ -293,3 +293,97 @@ def test_only_matrices() -> None:
         MuonH([torch.nn.Parameter(torch.ones(3))], lr=0.1)
     with pytest.raises(ValueError, match=r"got the shape \(2,\)"):
         newton_schulz(torch.ones(2))
+
+
+# Matrices of any size
+
+
+def integers(shape: tuple[int, ...]) -> torch.Tensor:
+    """Numbers that a power of two scales exactly, in fp32 down to the smallest denormal."""
+    return torch.randint(-1000, 1000, shape, generator=torch.Generator().manual_seed(0)).float()
+
+
+def scaled(x: torch.Tensor, power: int) -> torch.Tensor:
+    """Return 2^power x; in two factors, of which each is a number in fp32."""
+    return x * 2.0 ** (power // 2) * 2.0 ** (power - power // 2)
+
+
+FORMS = [("standard", torch.float32), ("gram", torch.float32), ("standard", torch.float16), ("gram", torch.float16)]
+
+
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
+@pytest.mark.parametrize(("form", "dtype"), [*FORMS, ("standard", torch.bfloat16)])
+def test_any_finite_matrix_orthogonalizes_like_its_rescaled_copy(
+    form: str, dtype: torch.dtype, coefficients: str
+) -> None:
+    orthogonalize = NewtonSchulz(form=form, dtype=dtype, coefficients=coefficients)
+    base = integers((3, 16, 40))
+    base[1] = 0
+    expected = orthogonalize(base)
+    assert not expected[1].any()
+    for power in (*range(-149, 110, 7), 117):
+        assert torch.equal(orthogonalize(scaled(base, power)), expected), power
+    # Of all sizes in one batch; the state in bf16, which has the range of fp32; and in fp64, which has more.
+    sizes = torch.stack([scaled(base[0], power) for power in (-149, -60, 0, 117)])
+    assert torch.equal(orthogonalize(sizes), expected[:1].expand_as(sizes))
+    coarse = torch.randint(-128, 128, (16, 40), generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert torch.equal(orthogonalize(coarse * 2.0**-60 * 2.0**-73), orthogonalize(coarse))
+    fine = base.double()
+    for factors in ((2.0**-1000, 2.0**-74), (2.0**1000, 2.0**13)):
+        assert torch.equal(orthogonalize(fine * factors[0] * factors[1]), orthogonalize(fine))
+
+
+def test_hardware_that_flushes_denormals_changes_nothing() -> None:
+    orthogonalize, base = NewtonSchulz(dtype=torch.float32), integers((2, 16, 40))
+    expected, denormal = orthogonalize(base), scaled(base, -149)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush denormals")
+    try:
+        for power in (-126, -60, 117):
+            assert torch.equal(orthogonalize(scaled(base, power)), expected), power
+        # To such hardware they are zeros.
+        assert not orthogonalize(denormal).any()
+    finally:
+        torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("form", ["standard", "gram"])
+def test_a_matrix_that_is_not_finite_does_not_look_finite(form: str) -> None:
+    for value in (math.nan, math.inf):
+        x = integers((2, 16, 40))
+        x[0, 3, 4] = value
+        result = NewtonSchulz(dtype=torch.float32, form=form)(x)
+        assert not result[0].isfinite().all()
+        assert result[1].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "powers"),
+    # Below 1e-8 Adam's epsilon rules, so that directions are as small as gradients.
+    [(MuonH, (0, -140, -100, -60, 50, 110)), (AdamH, (-80, -140, -120, -60))],
+)
+def test_a_step_does_not_depend_on_the_size_of_the_gradient(
+    kind: type[MuonH] | type[AdamH], powers: tuple[int, ...]
+) -> None:
+    weights = [parameter(initial((16, 24), muonh_radius(16))) for _ in powers]
+    optimizer = kind(weights, lr=0.1, radius="from-weights")
+    for weight, power in zip(weights, powers, strict=True):
+        weight.grad = scaled(integers((16, 24)), power)
+    optimizer.step()
+    for weight, power in zip(weights, powers, strict=True):
+        # Products of denormal numbers are themselves rounded.
+        torch.testing.assert_close(weight, weights[0], rtol=0, atol=0.02 if power == -140 else 1e-4)
+        norm = float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+        assert norm == pytest.approx(muonh_radius(16), rel=1e-6), power
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_stay_finite_long_after_the_last_gradient(dtype: torch.dtype) -> None:
+    """A dead expert's: momentum falls through the denormal numbers, the step stays the same fraction of the radius."""
+    weight = parameter(initial((16, 24), muonh_radius(16)))
+    optimizer = MuonH([weight], lr=0.05, ns_dtype=dtype)
+    for step in range(2500):
+        weight.grad = integers((16, 24)) if step < 3 else torch.zeros(16, 24)
+        optimizer.step()
+    assert float(optimizer.state[weight]["momentum_buffer"].abs().max()) < 1e-38
+    assert float(weight.detach().norm()) == pytest.approx(muonh_radius(16), rel=1e-5)
