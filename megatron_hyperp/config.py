@@ -299,6 +299,11 @@ class CheckpointConfig:
 
     save: str | None = knob(None, "folder for checkpoints [none are written]")
     load: str | None = knob(None, "folder to resume from; may be empty at the first start if it is the --save folder")
+    pretrained_checkpoint: str | None = knob(
+        None,
+        "folder of a checkpoint whose weights the run starts with at iteration 0, as long as --load and --save hold no"
+        " checkpoint; after that the run resumes from its own",
+    )
     save_interval: int = knob(0, "iterations between checkpoints; 0: only at the end")
     keep: int = knob(0, "newest checkpoints to keep; 0: all")
     async_save: bool = knob(False, "write checkpoints beside the training; a save waits for the one before")

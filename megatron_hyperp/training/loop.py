@@ -20,9 +20,10 @@ from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training import checkpointing, heartbeats
 from megatron_hyperp.training.alarms import ACTIONS, Alarms
 from megatron_hyperp.training.checkpointing import Progress
-from megatron_hyperp.training.compatibility import changed_settings, is_of_run
+from megatron_hyperp.training.compatibility import changed_settings, weights_notes
 from megatron_hyperp.training.description import describe
 from megatron_hyperp.training.forward import Batches, forward_step
+from megatron_hyperp.training.lineage import Lineage, record_branch, trace
 from megatron_hyperp.training.logging import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, Console, MetricsWriter
 from megatron_hyperp.training.meter import Meter
 from megatron_hyperp.training.phases import Phases
@@ -61,7 +62,8 @@ class Trainer:
             self.console.print(line)
         self.balance, self.scales = build_balance(config), build_scales(config)
         common = {} if resume_from is None else checkpointing.common_state(resume_from)
-        weights_only, self.radii = common.get(checkpointing.WEIGHTS_ONLY, False), common.get(checkpointing.RADII)
+        weights_only = resume_from is not None and checkpointing.takes_weights_only(config, common)
+        self.radii = common.get(checkpointing.RADII)
         self.chunks, self.optimizer = build(config, self.balance, self.scales, radii=self.radii, log=self.console.print)
         self.stability = Stability(config, self.chunks, self.optimizer, self.balance)
         self._time_communication()
@@ -94,23 +96,31 @@ class Trainer:
         )
         self.report_alive: Callable[[], None] = lambda: None
         self._skips_in_a_row = 0
-        self.progress, run_id = Progress(), None
+        self.progress, self.lineage = Progress(), Lineage()
         if resume_from is not None:
-            self.progress, run_id = checkpointing.load_checkpoint(
-                config, resume_from, self.chunks, self.optimizer, self.balance, self.scales
+            self.progress = checkpointing.load_checkpoint(
+                *(config, resume_from, self.chunks, self.optimizer, self.balance, self.scales), weights_only=weights_only
             )
             self.scheduler.step(self.progress.iteration)
+            self.lineage = trace(config, resume_from, common, weights_only=weights_only)
             done = "began with the weights of" if weights_only else "resumed from"
             self.console.print(f"{done} {resume_from} at iteration {self.progress.iteration}")
-            for line in [] if weights_only else changed_settings(resume_from, config):
+            for line in (weights_notes if weights_only else changed_settings)(resume_from, config):
                 self.console.print(f"note: {line}")
         self._build_data(tokenizer)
-        continued = resume_from is not None and not weights_only and is_of_run(resume_from, config)
-        self.writer = MetricsWriter(config, active=self.rank == 0, fresh=not continued, run_id=run_id)
+        self.writer = MetricsWriter(
+            *(config, self.progress.iteration),
+            active=self.rank == 0,
+            fresh=not self.lineage.continued,
+            run_id=self.lineage.run_id,
+            parent=self.lineage.parent,
+        )
         if self.rank == 0:
             checkpointing.write_run_config(config)
+            record_branch(config, self.lineage, self.writer.run_id)
         if resume_from is not None:
-            self.writer.event(self.progress.iteration, "resumed", f"from {resume_from}")
+            kind, what = ("started", "with the weights of") if weights_only else ("resumed", "from")
+            self.writer.event(self.progress.iteration, kind, f"{what} {resume_from}")
         interval = config.training.check_weight_hash_across_dp_replicas_interval
         self.replicas = Replicas(interval, self.optimizer, self.balance, self.scales, event=self.writer.event)
         self.saver = self._build_saver()
@@ -354,7 +364,8 @@ class Trainer:
 
     def _build_saver(self) -> Saver | None:
         parts = self.chunks, self.optimizer, self.balance, self.scales
-        return Saver(self.config, *parts, radii=self.radii, said=self._saved) if self.config.checkpoint.save else None
+        known: dict[str, Any] = {"radii": self.radii, "parent": self.lineage.parent, "said": self._saved}
+        return Saver(self.config, *parts, **known) if self.config.checkpoint.save else None
 
     def _save(self) -> None:
         assert self.saver is not None

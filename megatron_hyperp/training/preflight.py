@@ -18,7 +18,7 @@ from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.orthogonalize import check_backend
-from megatron_hyperp.training import alarms, checkpointing, determinism, profiling
+from megatron_hyperp.training import alarms, checkpointing, determinism, lineage, profiling
 from megatron_hyperp.training.compatibility import check_compatible
 
 # Bytes of a corpus' file that every start reads in full; of a larger one tools/check_data.py does.
@@ -137,24 +137,43 @@ def _check_kernels(config: Config) -> None:
 
 
 def _checkpoint_to_load(config: Config) -> Path | None:
-    load, save = config.checkpoint.load, config.checkpoint.save
-    folders: list[Path] = []
-    if load is not None:
-        folders = checkpointing.candidates(load)
-        if not folders and (save is None or Path(load).resolve() != Path(save).resolve()):
-            raise UsageError(f"--load {load} holds no checkpoint; give a folder that does, or leave it out")
+    options = config.checkpoint
+    load, save, pretrained = options.load, options.save, options.pretrained_checkpoint
+    for flag, own in (("--load", load), ("--save", save)):
+        if pretrained is not None and own is not None and Path(pretrained).resolve() == Path(own).resolve():
+            raise UsageError(
+                f"--pretrained-checkpoint {pretrained} is the {flag} folder too; leave it out to resume that run, or"
+                f" give {flag} a folder of this run's own",
+                same_on_all_ranks=True,
+            )
+    folders = checkpointing.starting_checkpoints(config)
+    if not folders and pretrained is not None:
+        raise UsageError(f"--pretrained-checkpoint {pretrained} holds no checkpoint; give a folder that does")
+    if not folders and load is not None and (save is None or Path(load).resolve() != Path(save).resolve()):
+        raise UsageError(f"--load {load} holds no checkpoint; give a folder that does, or leave it out")
     if save is not None:
         checkpointing.check_save_folder(save, folders[0] if folders else None)
     folder = first_sound(folders, checkpointing.fault)
-    if folder is not None:
-        common = checkpointing.common_state(folder)
-        check_compatible(folder, config, weights_only=common.get(checkpointing.WEIGHTS_ONLY, False))
-    if config.optimizer.radius == "from-weights" and (folder is None or not common.get(checkpointing.RADII)):
+    radii = None if folder is None else _check_start(folder, config).get(checkpointing.RADII)
+    if config.optimizer.radius == "from-weights" and not radii:
         raise UsageError(
-            "--radius from-weights needs --load of a checkpoint that has radii; import one with"
-            " tools/convert_checkpoint.py --radius from-weights"
+            "--radius from-weights needs --load or --pretrained-checkpoint of a checkpoint that has radii; import one"
+            " with tools/convert_checkpoint.py --radius from-weights"
         )
     return folder
+
+
+def _check_start(folder: Path, config: Config) -> dict[str, Any]:
+    """See that a run can start from a checkpoint; return the values that all ranks share in it.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    common = checkpointing.common_state(folder)
+    weights_only = checkpointing.takes_weights_only(config, common)
+    check_compatible(folder, config, weights_only=weights_only)
+    lineage.check_tensorboard(config, folder, weights_only=weights_only)
+    return common
 
 
 def first_sound(folders: Sequence[Path], fault: Callable[[Path], str | None]) -> Path | None:
@@ -194,12 +213,10 @@ def verify(config: Config, found: Path | None) -> Path | None:
     """
     if found is None:
         return None
-    assert config.checkpoint.load is not None
-    folders = checkpointing.candidates(config.checkpoint.load)
+    folders = checkpointing.starting_checkpoints(config)
     folder = first_sound(folders[folders.index(found) :], _fault_of_shares)
     if folder is not None and folder != found:
-        common = checkpointing.common_state(folder)
-        check_compatible(folder, config, weights_only=common.get(checkpointing.WEIGHTS_ONLY, False))
+        _check_start(folder, config)
     return folder
 
 
