@@ -18,6 +18,7 @@ from megatron_hyperp.convert.inspection import (
 )
 from megatron_hyperp.errors import UsageError, run_command
 from megatron_hyperp.text import aligned
+from megatron_hyperp.training.checkpointing import PARENT, RUN_ID
 
 EXIT_DIFFERENT = 1
 
@@ -81,7 +82,7 @@ def _about(source: HyperPSource) -> dict[str, Any]:
     """What a checkpoint is as a whole."""
     config, common, model = source.config, source.reader.common, source.config.model
     files = [path for path in source.folder.iterdir() if path.is_file()]
-    progress = common.get("progress") or {}
+    progress, parent = common.get("progress") or {}, common.get(PARENT)
     about: dict[str, Any] = {
         "checkpoint": str(source.folder),
         "bytes": sum(path.stat().st_size for path in files),
@@ -94,7 +95,7 @@ def _about(source: HyperPSource) -> dict[str, Any]:
         "layout": dict(zip(("PP", "TP", "DP", "VPP"), common.get("layout") or (), strict=False)),
         "run": config.logging.run_dir,
         "wandb run": common.get(RUN_ID),
-        "parent": (common.get(PARENT) or {}).get("checkpoint"),
+        "parent": parent.get("checkpoint") if isinstance(parent, dict) else None,
         "optimizer": config.optimizer.optimizer if source.whole else "none: weights alone",
         "parameters": sum(_numel(shape.shape) for shape in source.parameters.values()),
         "layers": model.num_layers,

@@ -33,6 +33,12 @@ class Lineage:
     run_id: str | None = None
     parent: dict[str, Any] | None = None
 
+    def describe(self, checkpoint: Path) -> str:
+        """Name the checkpoint that the run starts from, and whose it is if it is another run's."""
+        if self.parent is None or self.parent["checkpoint"] != str(checkpoint.resolve()):
+            return str(checkpoint)
+        return f"{checkpoint} (of the run in {self.parent['run_dir']})"
+
 
 def trace(config: Config, checkpoint: Path, common: dict[str, Any], *, weights_only: bool) -> Lineage:
     """Find out where a run comes from that starts from a checkpoint.

@@ -103,8 +103,9 @@ class Trainer:
             )
             self.scheduler.step(self.progress.iteration)
             self.lineage = trace(config, resume_from, common, weights_only=weights_only)
-            done = "began with the weights of" if weights_only else "resumed from"
-            self.console.print(f"{done} {resume_from} at iteration {self.progress.iteration}")
+            kind, what = ("started", "with the weights of") if weights_only else ("resumed", "from")
+            origin = f"{what} {self.lineage.describe(resume_from)}"
+            self.console.print(f"{kind} {origin} at iteration {self.progress.iteration}")
             for line in (weights_notes if weights_only else changed_settings)(resume_from, config):
                 self.console.print(f"note: {line}")
         self._build_data(tokenizer)
@@ -119,8 +120,7 @@ class Trainer:
             checkpointing.write_run_config(config)
             record_branch(config, self.lineage, self.writer.run_id)
         if resume_from is not None:
-            kind, what = ("started", "with the weights of") if weights_only else ("resumed", "from")
-            self.writer.event(self.progress.iteration, kind, f"{what} {resume_from}")
+            self.writer.event(self.progress.iteration, kind, origin)
         interval = config.training.check_weight_hash_across_dp_replicas_interval
         self.replicas = Replicas(interval, self.optimizer, self.balance, self.scales, event=self.writer.event)
         self.saver = self._build_saver()

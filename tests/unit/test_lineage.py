@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 
-from megatron_hyperp import device
+from megatron_hyperp import arguments, device
+from megatron_hyperp.convert import convert
+from megatron_hyperp.convert.writing import Layout
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.training import preflight
 from megatron_hyperp.training.checkpointing import common_state
+from megatron_hyperp.training.compatibility import weights_notes
 from megatron_hyperp.training.logging import TensorBoard, WeightsAndBiases, read_events, read_metrics
 from tests import fake_wandb
 from tests.fake_wandb import FakeRun
@@ -31,6 +35,16 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, FakeRun]]:
     monkeypatch.delenv("RANK", raising=False)
     yield fake_wandb.install(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def saved(prefix: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoints of a run of one iteration."""
+    folder = tmp_path_factory.mktemp("saved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("RANK", raising=False)
+        train(prefix, folder, save=folder / "ckpt", train_iters=1, wandb_project=None)
+    return folder / "ckpt"
 
 
 def train(prefix: str, run_dir: Path, **overrides: Any) -> None:
@@ -137,3 +151,65 @@ def test_the_environment_comes_before_our_choice(
     assert service.run_id == variables.get("WANDB_RUN_ID", "ours" if "id" in start else "run0")
     assert {name: start[name] for name in given} == {name: v.format(run=tmp_path / "run") for name, v in given.items()}
     assert not kept & start.keys()
+
+
+def test_pretrained_weights_start_a_run_that_is_requeued_safely(
+    prefix: str, runs: dict[str, FakeRun], tmp_path: Path
+) -> None:
+    """Weights alone, at iteration 0, as from a converted checkpoint; then the run's own checkpoints, to the bit."""
+    a = tmp_path / "a"
+    train(prefix, a, save=a / "ckpt", exit_interval=2)
+    job = convert.Job(
+        **{"source": "hyperp", "target": "hyperp", "input": str(a / "ckpt"), "output": str(tmp_path / "imported")},
+        **{"layout": Layout(), "dtype": None, "shard_bytes": None, "tokenizer": None, "radius": "stateless"},
+        **{"average": 0, "weights_only": True, "verify": False},
+    )
+    convert.convert(job, say=lambda _: None)
+    train(prefix, tmp_path / "straight", load=tmp_path / "imported", seed=7)
+
+    b = tmp_path / "b"
+    branch = {"pretrained_checkpoint": a / "ckpt", "save": b / "ckpt", "seed": 7}
+    for number in (1, 3, 4):  # the same command line each time, as a requeued job has it
+        train(prefix, b, **branch, exit_interval=number)
+    assert losses(b) == losses(tmp_path / "straight")
+    assert sorted(losses(b)) == [1, 2, 3, 4]
+    messages = [(event["iteration"], event["kind"], event["message"]) for event in read_events(b)]
+    assert [each for each in messages if each[1] != "saved"] == [
+        (0, "started", f"with the weights of {a}/ckpt/iter_0000002 (of the run in {a})"),
+        (1, "resumed", f"from {b}/ckpt/iter_0000001"),
+        (3, "resumed", f"from {b}/ckpt/iter_0000003"),
+    ]
+    assert list(runs) == ["run0", "run1", "run2"]
+    assert common_state(b / "ckpt" / "iter_0000004")["parent"]["checkpoint"] == str(a / "ckpt" / "iter_0000002")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"pretrained_checkpoint": "{there}/none"}, "--pretrained-checkpoint .*/none holds no checkpoint; give a folder"),
+        ({"pretrained_checkpoint": "{there}", "num_layers": 2}, "another architecture: num_layers is 1 there, 2 here"),
+        ({"pretrained_checkpoint": "{there}", "radius_scale": 2.0}, "other spheres: radius_scale is 1.0 there, 2.0 here"),
+        ({"pretrained_checkpoint": "{there}", "radius": "from-weights"}, "radius is stateless there, from-weights here"),
+        ({"radius": "from-weights"}, "--radius from-weights needs --load or --pretrained-checkpoint of a checkpoint"),
+        ({"pretrained_checkpoint": "{there}", "save": "{there}"}, "is the --save folder too; leave it out to resume"),
+        ({"pretrained_checkpoint": "{there}", "load": "{there}"}, "is the --load folder too; leave it out to resume"),
+    ],
+)
+def test_what_no_run_can_start_from_is_refused(
+    prefix: str, saved: Path, tmp_path: Path, overrides: dict[str, Any], message: str
+) -> None:
+    given = {name: value.format(there=saved) if isinstance(value, str) else value for name, value in overrides.items()}
+    with pytest.raises(UsageError, match=message):
+        preflight.check(toy_config(prefix, tmp_path / "run", **SMALL | given), 1)
+
+
+def test_weights_from_off_the_spheres_are_told(saved: Path) -> None:
+    config = arguments.load_yaml(saved / "iter_0000001" / "config.yaml")
+    assert weights_notes(saved / "iter_0000001", config) == []
+    config.optimizer.optimizer = "muon"
+    (saved / "iter_0000001" / "config.yaml").write_text(arguments.to_yaml(config))
+    config.optimizer.optimizer = "hyperp"
+    [line] = weights_notes(saved / "iter_0000001", config)
+    assert line.startswith("the matrices of muon in the checkpoint are scaled to the radii of hyperp; to keep")
+    config.optimizer.radius = "from-weights"
+    assert weights_notes(saved / "iter_0000001", config) == []
