@@ -211,6 +211,9 @@ class DataConfig:
     data_path: list[str] = field(
         default_factory=list, metadata={"help": "PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ..."}
     )
+    mock_data: bool = knob(
+        False, "train on synthetic data, without --data-path and --tokenizer-model: smoke tests, measurements of speed"
+    )
     split: str = knob("969,30,1", "shares of training, validation and test documents")
     tokenizer_model: str | None = knob(None, "SentencePiece .model, Hugging Face tokenizer.json, or null:VOCABULARY")
     data_cache_path: str | None = knob(None, "folder of the index caches [beside the data]")

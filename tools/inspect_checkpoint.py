@@ -17,6 +17,7 @@ from megatron_hyperp.convert.inspection import (
     weight_rows,
 )
 from megatron_hyperp.errors import UsageError, run_command
+from megatron_hyperp.files import local_path
 from megatron_hyperp.text import aligned
 from megatron_hyperp.training.checkpointing import PARENT, RUN_ID
 
@@ -50,8 +51,12 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog="--debug shows the traceback of an error.")
-    parser.add_argument("checkpoint", nargs="?", help="folder of an iteration, or of several: then the newest")
-    parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare two instead; exit code 1 if they differ")
+    parser.add_argument(
+        "checkpoint", nargs="?", type=local_path, help="folder of an iteration, or of several: then the newest"
+    )
+    parser.add_argument(
+        "--diff", nargs=2, type=local_path, metavar=("A", "B"), help="compare two instead; exit code 1 if they differ"
+    )
     parser.add_argument("--optimizer", action="store_true", help="the optimizer's state as well")
     parser.add_argument("--tensors", default="*", metavar="PATTERN", help="only names like this: *.layers.0.* [*]")
     parser.add_argument("--config", action="store_true", help="print the run's config instead, as YAML")

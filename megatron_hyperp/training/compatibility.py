@@ -109,7 +109,10 @@ def changed_settings(folder: Path, config: Config) -> list[str]:
             before, now = getattr(getattr(saved, section), item.name), getattr(getattr(config, section), item.name)
             if before != now and item.name not in names:
                 lines.append(f"{item.name} was {before} in the checkpoint and is now {now}")
-    if any(line.startswith(("train_iters ", "global_batch_size ", "seed ", "data_path ", "split ")) for line in lines):
+    if any(
+        line.startswith(("train_iters ", "global_batch_size ", "seed ", "data_path ", "mock_data ", "split "))
+        for line in lines
+    ):
         lines.append("the order of the data may differ from here on")
     return lines
 

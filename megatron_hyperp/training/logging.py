@@ -42,8 +42,9 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
-    """Say what a row of metrics is: "eval", "stability" or "train"."""
-    return "eval" if "eval_loss" in row else "stability" if "output_z" in row else "train"
+    """Say what a row of metrics is: "eval", "test", "stability" or "train"."""
+    names = {"eval_loss": "eval", "test_loss": "test", "output_z": "stability"}
+    return next((kind for name, kind in names.items() if name in row), "train")
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:

@@ -16,6 +16,7 @@ from megatron_hyperp import device
 from megatron_hyperp.config import Config, micro_batches
 from megatron_hyperp.data import batches as micro
 from megatron_hyperp.data.datasets import build_datasets
+from megatron_hyperp.data.mock import mock_datasets
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training import checkpointing, heartbeats
 from megatron_hyperp.training.alarms import ACTIONS, Alarms
@@ -99,7 +100,8 @@ class Trainer:
         self.progress, self.lineage = Progress(), Lineage()
         if resume_from is not None:
             self.progress = checkpointing.load_checkpoint(
-                *(config, resume_from, self.chunks, self.optimizer, self.balance, self.scales), weights_only=weights_only
+                *(config, resume_from, self.chunks, self.optimizer, self.balance, self.scales),
+                weights_only=weights_only,
             )
             self.scheduler.step(self.progress.iteration)
             self.lineage = trace(config, resume_from, common, weights_only=weights_only)
@@ -139,22 +141,29 @@ class Trainer:
             setattr(owner, name, around(getattr(owner, name)))
 
     def _build_data(self, tokenizer: Any) -> None:
-        data, training = self.config.data, self.config.training
-        evaluation = training.eval_iters if training.eval_interval else 0
-        self.train_set, self.valid_set, _ = build_datasets(
-            data_path=data.data_path,
-            split=data.split,
-            seq_length=self.config.model.seq_length,
-            seed=training.seed,
-            num_samples=(
-                training.train_iters * training.global_batch_size,
-                evaluation * training.global_batch_size,
-                0,
-            ),
-            tokenizer=tokenizer,
-            cache_path=data.data_cache_path,
-            eod_mask_loss=data.eod_mask_loss,
-        )
+        data, training, model = self.config.data, self.config.training, self.config.model
+        evaluated = training.eval_iters * training.global_batch_size if training.eval_interval else 0
+        num_samples = (training.train_iters * training.global_batch_size, evaluated, evaluated)
+        if data.mock_data:
+            sets = mock_datasets(
+                seq_length=model.seq_length,
+                vocab_size=model.vocab_size if tokenizer is None else tokenizer.vocab_size,
+                seed=training.seed,
+                num_samples=num_samples,
+            )
+        else:
+            sets = build_datasets(
+                data_path=data.data_path,
+                split=data.split,
+                seq_length=model.seq_length,
+                seed=training.seed,
+                num_samples=num_samples,
+                tokenizer=tokenizer,
+                cache_path=data.data_cache_path,
+                eod_mask_loss=data.eod_mask_loss,
+                note=self.console.print,
+            )
+        self.train_set, self.valid_set, self.test_set = sets
 
     def _batches(self, dataset: Any, consumed_samples: int) -> list[Batches]:
         """Return one iterator per pipeline chunk: the interleaved schedule draws from each on its own."""
@@ -226,6 +235,9 @@ class Trainer:
         if self.saver:
             with self.phases.phase("checkpoint"):
                 self.saver.finish()
+        if self.progress.iteration == training.train_iters and not self.stopped:
+            with self.phases.phase("evaluation"):
+                self.test()
         self.console.stop_bar()
         if self.stopped:
             self.console.print(f"stopping: {self.stopped}", important=True)
@@ -343,23 +355,33 @@ class Trainer:
 
     def evaluate(self) -> float | None:
         """Return and write the held-out loss over the same ``eval_iters`` batches each time; None without any."""
-        training = self.config.training
-        if self.valid_set is None or not training.eval_interval or not training.eval_iters:
+        if self.valid_set is None or not self.config.training.eval_interval or not self.config.training.eval_iters:
             return None
+        loss = self._loss_on(self.valid_set, "eval_loss")
+        self._losses[self.progress.iteration] = loss
+        self.console.print(f"held-out loss {loss:.4f} at iteration {self.progress.iteration}")
+        return loss
+
+    def test(self) -> None:
+        """Write the loss over ``eval_iters`` batches of the test set, if there is one, at the end of the run."""
+        if self.test_set is not None:
+            loss = self._loss_on(self.test_set, "test_loss")
+            self.console.print(f"test loss {loss:.4f} at iteration {self.progress.iteration}", important=True)
+
+    def _loss_on(self, dataset: Any, name: str) -> float:
+        """Return and write the mean loss per token over the first ``eval_iters`` batches of a dataset."""
         for chunk in self.chunks:
             chunk.eval()
-        batches = self._batches(self.valid_set, 0)
+        batches = self._batches(dataset, 0)
         losses = torch.zeros(2, dtype=torch.float64, device=device.device())
         with torch.no_grad():
-            for _ in range(training.eval_iters):
+            for _ in range(self.config.training.eval_iters):
                 losses += self._forward_backward(batches, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
         loss = self.global_mean(losses)
-        row = {"iteration": self.progress.iteration, "tokens": self.progress.consumed_tokens, "eval_loss": loss}
+        row = {"iteration": self.progress.iteration, "tokens": self.progress.consumed_tokens, name: loss}
         self.writer.write(row)
-        self._losses[self.progress.iteration] = loss
-        self.console.print(f"held-out loss {loss:.4f} at iteration {self.progress.iteration}")
         return loss
 
     def _build_saver(self) -> Saver | None:

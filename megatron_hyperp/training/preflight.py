@@ -13,11 +13,12 @@ import torch.distributed as dist
 from megatron_hyperp import checksums, device, libraries
 from megatron_hyperp.config import Config
 from megatron_hyperp.data.content import check_content
-from megatron_hyperp.data.datasets import parse_blend
+from megatron_hyperp.data.datasets import check_shares, parse_blend
 from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.orthogonalize import check_backend
+from megatron_hyperp.planning.plan import with_vocabulary
 from megatron_hyperp.training import alarms, checkpointing, determinism, lineage, profiling
 from megatron_hyperp.training.compatibility import check_compatible
 
@@ -29,20 +30,17 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
     """Resolve the config and look at everything on disk, before any process group exists.
 
     Returns:
-        The resolved config, the tokenizer, and the checkpoint to resume from.
+        The resolved config, the tokenizer (None for ``--mock-data`` without one), and the checkpoint to start from.
 
     Raises:
         UsageError: anything that cannot run.
     """
     device.check_ranks()
-    if not config.data.data_path:
-        raise UsageError(
-            "no data; give --data-path PREFIX (tools/preprocess_data.py makes one)", same_on_all_ranks=True
-        )
-    if not config.data.tokenizer_model:
-        raise UsageError("no tokenizer; give the --tokenizer-model the data was made with", same_on_all_ranks=True)
-    tokenizer = load_tokenizer(config.data.tokenizer_model)
-    config = config.resolve(world_size=world_size, tokenizer_vocab_size=tokenizer.vocab_size)
+    tokenizer = _tokenizer(config)
+    if tokenizer is None:
+        config = with_vocabulary(config).resolve(world_size=world_size)
+    else:
+        config = config.resolve(world_size=world_size, tokenizer_vocab_size=tokenizer.vocab_size)
     if config.training.deterministic_mode:
         determinism.begin()
     parallel = config.parallel
@@ -61,10 +59,8 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
         check_backend(options.ns_backend, dtype)
     except UsageError as error:
         raise UsageError(f"--ns-backend {options.ns_backend}: {error}") from error
-    for _, prefix in parse_blend(config.data.data_path):
-        check_prefix(prefix)
-        check_content(prefix, most_bytes=CORPUS_READ_IN_FULL)
-        check_vocabulary(prefix, config.model.vocab_size, full_scan_bytes=CORPUS_READ_IN_FULL)
+    if not config.data.mock_data:
+        _check_corpora(config)
     checkpointing.check_writable(config.logging.run_dir, "--run-dir")
     if config.logging.tensorboard_dir:
         checkpointing.check_writable(config.logging.tensorboard_dir, "--tensorboard-dir")
@@ -76,6 +72,36 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
             same_on_all_ranks=True,
         )
     return config, tokenizer, _checkpoint_to_load(config)
+
+
+def _tokenizer(config: Config) -> Any:
+    """Load the tokenizer; return None where ``--mock-data`` needs none.
+
+    Raises:
+        UsageError: there is no data, or no tokenizer.
+    """
+    data = config.data
+    if not data.data_path and not data.mock_data:
+        raise UsageError(
+            "no data; give --data-path PREFIX (tools/preprocess_data.py makes one), or --mock-data for synthetic data",
+            same_on_all_ranks=True,
+        )
+    if data.tokenizer_model:
+        return load_tokenizer(data.tokenizer_model)
+    if not data.mock_data:
+        raise UsageError("no tokenizer; give the --tokenizer-model the data was made with", same_on_all_ranks=True)
+    return None
+
+
+def _check_corpora(config: Config) -> None:
+    """See that corpora are whole, and have samples for what the run needs. Raises: UsageError: one does not."""
+    training, infos = config.training, []
+    for _, prefix in parse_blend(config.data.data_path):
+        infos.append(check_prefix(prefix))
+        check_content(prefix, most_bytes=CORPUS_READ_IN_FULL)
+        check_vocabulary(prefix, config.model.vocab_size, full_scan_bytes=CORPUS_READ_IN_FULL)
+    evaluated = training.eval_iters if training.eval_interval else 0
+    check_shares(config.data.split, infos, config.model.seq_length, (training.train_iters, evaluated))
 
 
 def check_reports(config: Config, world_size: int) -> None:

@@ -1,10 +1,9 @@
-"""Runs that start from checkpoints of others: reports of their own, a parent on record, weights alone where asked for."""
+"""Runs that start from checkpoints of others: reports of their own, a parent on record, weights alone if asked for."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ def prefix(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, FakeRun]]:
+def runs(monkeypatch: pytest.MonkeyPatch) -> dict[str, FakeRun]:
     monkeypatch.delenv("RANK", raising=False)
-    yield fake_wandb.install(monkeypatch)
+    return fake_wandb.install(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +91,7 @@ def test_a_branch_reports_to_a_run_of_its_own(prefix: str, runs: dict[str, FakeR
 
 
 def test_a_branch_in_the_run_folder_of_its_parent(prefix: str, runs: dict[str, FakeRun], tmp_path: Path) -> None:
-    """As with the default --run-dir: another --save makes another run, whose metrics are not mixed with the parent's."""
+    """As with the default --run-dir: another --save makes another run, whose metrics are apart from the parent's."""
     folder = tmp_path / "run"
     train(prefix, folder, save=tmp_path / "a", exit_interval=2)
     train(prefix, folder, load=tmp_path / "a", save=tmp_path / "b", exit_interval=3)
@@ -112,13 +111,14 @@ def test_a_branch_does_not_write_its_parents_tensorboard(
     a, board = tmp_path / "a", tmp_path / "tensorboard"
     purged: list[int | None] = []
 
-
     monkeypatch.setattr(TensorBoard, "__init__", lambda self, folder, purge_step=None: purged.append(purge_step))
     monkeypatch.setattr(TensorBoard, "write", lambda self, row: None)
     monkeypatch.setattr(TensorBoard, "close", lambda self: None)
     train(prefix, a, save=a / "ckpt", exit_interval=2, tensorboard_dir=board)
     b = tmp_path / "b"
-    with pytest.raises(UsageError, match="--tensorboard-dir .* holds the events of the run that wrote .*another --tens"):
+    with pytest.raises(
+        UsageError, match=r"--tensorboard-dir .* holds the events of the run that wrote .*another --tens"
+    ):
         train(prefix, b, load=a / "ckpt", save=b / "ckpt", tensorboard_dir=board)
     train(prefix, a, load=a / "ckpt", save=a / "ckpt", tensorboard_dir=board)
     # What a resumed run writes again takes the place of what is there.
@@ -186,10 +186,19 @@ def test_pretrained_weights_start_a_run_that_is_requeued_safely(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"pretrained_checkpoint": "{there}/none"}, "--pretrained-checkpoint .*/none holds no checkpoint; give a folder"),
+        (
+            {"pretrained_checkpoint": "{there}/none"},
+            "--pretrained-checkpoint .*/none holds no checkpoint; give a folder",
+        ),
         ({"pretrained_checkpoint": "{there}", "num_layers": 2}, "another architecture: num_layers is 1 there, 2 here"),
-        ({"pretrained_checkpoint": "{there}", "radius_scale": 2.0}, "other spheres: radius_scale is 1.0 there, 2.0 here"),
-        ({"pretrained_checkpoint": "{there}", "radius": "from-weights"}, "radius is stateless there, from-weights here"),
+        (
+            {"pretrained_checkpoint": "{there}", "radius_scale": 2.0},
+            "other spheres: radius_scale is 1.0 there, 2.0 here",
+        ),
+        (
+            {"pretrained_checkpoint": "{there}", "radius": "from-weights"},
+            "radius is stateless there, from-weights here",
+        ),
         ({"radius": "from-weights"}, "--radius from-weights needs --load or --pretrained-checkpoint of a checkpoint"),
         ({"pretrained_checkpoint": "{there}", "save": "{there}"}, "is the --save folder too; leave it out to resume"),
         ({"pretrained_checkpoint": "{there}", "load": "{there}"}, "is the --load folder too; leave it out to resume"),
