@@ -18,6 +18,7 @@ import yaml
 from megatron_hyperp import yaml_files
 from megatron_hyperp.config import RANGES, Config, flag_name
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.files import not_local
 
 
 def section_types() -> dict[str, type]:
@@ -59,6 +60,8 @@ def _read_yaml(path: str | Path) -> Any:
     try:
         return yaml_files.read(Path(path))
     except OSError as error:
+        if fault := not_local(str(path)):
+            raise UsageError(f"config {fault}", same_on_all_ranks=True) from error
         message = f"config {path} cannot be read: {error.strerror}; check the path"
         raise UsageError(message, same_on_all_ranks=True) from error
     except ValueError as error:

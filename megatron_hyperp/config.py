@@ -230,6 +230,9 @@ class DataConfig:
     data_path: list[str] = field(
         default_factory=list, metadata={"help": "PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ..."}
     )
+    mock_data: bool = knob(
+        False, "train on synthetic data, without --data-path and --tokenizer-model: smoke tests, measurements of speed"
+    )
     split: str = knob("969,30,1", "shares of training, validation and test documents")
     tokenizer_model: str | None = knob(None, "SentencePiece .model, Hugging Face tokenizer.json, or null:VOCABULARY")
     data_cache_path: str | None = knob(None, "folder of the index caches [beside the data]")
@@ -318,6 +321,11 @@ class CheckpointConfig:
 
     save: str | None = knob(None, "folder for checkpoints [none are written]")
     load: str | None = knob(None, "folder to resume from; may be empty at the first start if it is the --save folder")
+    pretrained_checkpoint: str | None = knob(
+        None,
+        "folder of a checkpoint whose weights the run starts with at iteration 0, as long as --load and --save hold no"
+        " checkpoint; after that the run resumes from its own",
+    )
     save_interval: int = knob(0, "iterations between checkpoints; 0: only at the end")
     keep: int = knob(0, "newest checkpoints to keep, older ones are deleted; 0 switches deletion off")
     async_save: bool = knob(False, "write checkpoints beside the training; a save waits for the one before")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 from collections.abc import Iterator
@@ -16,6 +18,45 @@ from megatron_hyperp.errors import UsageError
 
 # Bytes of a config, an index or a tokenizer: the largest published ones are a tenth of it.
 LARGEST = 2**28
+
+# How to get at what is in an object store, by the scheme of its address.
+_AWS = "copy it with `aws s3 sync`, or mount the bucket with mount-s3"
+_GOOGLE = "copy it with `gcloud storage rsync`, or mount the bucket with gcsfuse"
+_AZURE = "copy it with `azcopy`, or mount the container with blobfuse2"
+_WAYS = {
+    **dict.fromkeys(("s3", "s3a", "s3n"), _AWS),
+    **dict.fromkeys(("gs", "gcs"), _GOOGLE),
+    **dict.fromkeys(("az", "azure", "abfs", "abfss", "wasb", "wasbs"), _AZURE),
+    "hf": "download it with `hf download`",
+    "file": "leave out file://",
+}
+
+
+def not_local(path: str) -> str | None:
+    """Say why a path is none of a file system, if it is the address of an object store, and what to do instead.
+
+    The file functions of Python would make a local folder called "s3:" of it.
+    """
+    # One slash: pathlib has been at it.
+    scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):/", path)
+    if scheme is None:
+        return None
+    way = _WAYS.get(scheme[1].lower(), "copy it to a file system, or mount its storage")
+    return (
+        f"{path} is an address, not a path: files are read and written on file systems alone; {way}, and give its path"
+    )
+
+
+def local_path(text: str) -> str:
+    """Return a path of a command line, for argparse's ``type``.
+
+    Raises:
+        argparse.ArgumentTypeError: it is the address of an object store.
+    """
+    fault = not_local(text)
+    if fault is not None:
+        raise argparse.ArgumentTypeError(fault)
+    return text
 
 
 def read_small(path: Path, *, most: int = LARGEST) -> bytes:

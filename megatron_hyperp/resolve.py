@@ -14,6 +14,7 @@ from megatron_hyperp import estimate, precision, transfer
 from megatron_hyperp.config import (
     RANGES,
     Config,
+    DataConfig,
     ModelConfig,
     MoEConfig,
     TrainingConfig,
@@ -22,6 +23,7 @@ from megatron_hyperp.config import (
     width_multiplier,
 )
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.files import not_local
 from megatron_hyperp.text import divisors, multiples
 
 
@@ -30,6 +32,8 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -
     config = copy.deepcopy(config)
     try:
         check_ranges(config)
+        _check_paths(config)
+        _check_data(config.data)
         _resolve_architecture(config.model, tokenizer_vocab_size)
         _resolve_experts(config.model, config.moe)
         _check_parallelism(config, world_size)
@@ -73,6 +77,30 @@ def check_ranges(config: Config) -> None:
             if not RANGES[allowed](value):
                 hint = ", or left out to be derived" if value == 0 and "derived" in item.metadata else ""
                 raise UsageError(f"{flag} is {value:g}; it must be {allowed}{hint}")
+
+
+# Fields that name files and folders.
+PATHS = {
+    "data": ("data_path", "tokenizer_model", "data_cache_path"),
+    "checkpoint": ("save", "load", "pretrained_checkpoint"),
+    "logging": ("run_dir", "tensorboard_dir"),
+}
+
+
+def _check_paths(config: Config) -> None:
+    for section, names in PATHS.items():
+        for name in names:
+            value = getattr(getattr(config, section), name)
+            for path in value if isinstance(value, list) else [value or ""]:
+                if fault := not_local(path):
+                    raise UsageError(f"{flag_name(name)} {fault}")
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.mock_data and data.data_path:
+        raise UsageError(
+            f"--mock-data trains without a corpus, but --data-path is {' '.join(data.data_path)}; leave one of them out"
+        )
 
 
 def _fill(section: Any, **values: int) -> None:

@@ -7,6 +7,7 @@ import argparse
 from megatron_hyperp.data.content import check_content, record
 from megatron_hyperp.data.indexed import check_prefix
 from megatron_hyperp.errors import run_command
+from megatron_hyperp.files import local_path
 
 
 def main(argv: list[str]) -> None:
@@ -23,7 +24,7 @@ def main(argv: list[str]) -> None:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog="--debug shows the traceback of an error.")
-    parser.add_argument("prefix", nargs="+", metavar="PREFIX", help="of a .bin and an .idx")
+    parser.add_argument("prefix", nargs="+", type=local_path, metavar="PREFIX", help="of a .bin and an .idx")
     parser.add_argument("--record", action="store_true", help="take the checksums of what is there now")
     return parser.parse_args(argv)
 

@@ -10,6 +10,7 @@ from megatron_hyperp.convert.convert import FROM, TO, Job, convert
 from megatron_hyperp.convert.source import DTYPES
 from megatron_hyperp.convert.writing import Layout
 from megatron_hyperp.errors import UsageError, run_command
+from megatron_hyperp.files import local_path
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -21,15 +22,19 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--from", dest="source", choices=FROM, required=True, help="format to read")
     result.add_argument("--to", dest="target", choices=TO, required=True, help="format to write")
-    result.add_argument("--input", required=True, help="folder to read (of several iterations: the newest), or file")
-    result.add_argument("--output", required=True, help="folder to write; it must not be there yet")
+    result.add_argument(
+        "--input", type=local_path, required=True, help="folder to read (of several iterations: the newest), or file"
+    )
+    result.add_argument("--output", type=local_path, required=True, help="folder to write; it must not be there yet")
     result.add_argument("--dtype", choices=DTYPES, help="of the weights written [as they are]")
     result.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks that the output is cut for [1]")
     result.add_argument("--pp", type=int, default=1, help="pipeline stages, each with files of its own [1]")
     result.add_argument("--ep", type=int, default=1, help="expert-parallel ranks [1]")
     result.add_argument("--max-shard-size", help="with --to hf: of a safetensors file [5GB]")
     result.add_argument(
-        "--tokenizer", help="with --to hf: SentencePiece .model, tokenizer.json, or none [the one of the training]"
+        "--tokenizer",
+        type=local_path,
+        help="with --to hf: SentencePiece .model, tokenizer.json, or none [the one of the training]",
     )
     result.add_argument(
         "--radius",
@@ -39,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--average", type=int, metavar="N", help="mean of the newest N checkpoints of ours; 2 or more")
     result.add_argument("--weights-only", action="store_true", help="leave out the optimizer's state")
-    result.add_argument("--config", metavar="FILE", help="with --from archscale: YAML of the model")
+    result.add_argument("--config", type=local_path, metavar="FILE", help="with --from archscale: YAML of the model")
     result.add_argument("--verify", action="store_true", help="compare all tensors, and logits where both models run")
     result.add_argument("--dry-run", action="store_true", help="say what would be done")
     return result

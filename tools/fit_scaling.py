@@ -17,6 +17,7 @@ from typing import Any, NoReturn
 from megatron_hyperp import transfer
 from megatron_hyperp.data.arguments import positive_int
 from megatron_hyperp.errors import UsageError, run_command
+from megatron_hyperp.files import local_path
 from megatron_hyperp.scaling import analysis, plots, tables
 from megatron_hyperp.scaling.groups import Group, group_runs, matching, read_runs
 
@@ -196,7 +197,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("fit", choices=("lr", "tokens", "flops", "leverage"), help="what to fit")
-    parser.add_argument("--csv", required=True, metavar="FILE", help="the runs")
+    parser.add_argument("--csv", type=local_path, required=True, metavar="FILE", help="the runs")
     parser.add_argument(
         "--where", nargs="+", action="extend", default=[], metavar="COLUMN=VALUE", help="take these runs alone"
     )
@@ -204,7 +205,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         "--ignore", nargs="+", action="extend", default=[], metavar="COLUMN", help="columns that set no models apart"
     )
     parser.add_argument("--json", action="store_true", help="print JSON, see below")
-    parser.add_argument("--plot", metavar="FILE", help="draw: a .png, .pdf or .svg file")
+    parser.add_argument("--plot", type=local_path, metavar="FILE", help="draw: a .png, .pdf or .svg file")
     parser.add_argument(
         "--base",
         nargs="+",
@@ -216,6 +217,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--token-exponent", metavar="X|fit", help="lr: exponent of the tokens in the law [0.32]")
     parser.add_argument(
         "--write-base",
+        type=local_path,
         metavar="FILE",
         help="lr: write the base as YAML; the trainer's --config takes it after a model's",
     )

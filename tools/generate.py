@@ -18,6 +18,7 @@ from megatron_hyperp.convert.source import DTYPES
 from megatron_hyperp.data.arguments import positive_int
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError, run_command
+from megatron_hyperp.files import local_path
 
 
 def main(argv: list[str]) -> None:
@@ -86,7 +87,7 @@ def _until(tokens: list[int], end: int) -> list[int]:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog="--debug shows the traceback of an error.")
-    parser.add_argument("checkpoint", help="folder of an iteration, or of several: then the newest")
+    parser.add_argument("checkpoint", type=local_path, help="folder of an iteration, or of several: then the newest")
     parser.add_argument("--prompt", default="", help="text to continue; -: what is read from standard input [none]")
     parser.add_argument("--max-new-tokens", type=positive_int, default=64, help="[64]")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy; 1: as the model says [0]")
@@ -95,7 +96,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--samples", type=positive_int, default=1, help="continuations; several need a temperature [1]")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling [0]")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the weights [fp32]")
-    parser.add_argument("--tokenizer", help="file of the tokenizer [that of the training]")
+    parser.add_argument("--tokenizer", type=local_path, help="file of the tokenizer [that of the training]")
     options = parser.parse_args(argv)
     if options.temperature < 0 or not 0 < options.top_p <= 1 or options.top_k < 0:
         raise UsageError(

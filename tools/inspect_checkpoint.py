@@ -17,7 +17,9 @@ from megatron_hyperp.convert.inspection import (
     weight_rows,
 )
 from megatron_hyperp.errors import UsageError, run_command
+from megatron_hyperp.files import local_path
 from megatron_hyperp.text import aligned
+from megatron_hyperp.training.checkpointing import PARENT, RUN_ID
 
 EXIT_DIFFERENT = 1
 
@@ -49,8 +51,12 @@ def main(argv: list[str]) -> int:
 
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog="--debug shows the traceback of an error.")
-    parser.add_argument("checkpoint", nargs="?", help="folder of an iteration, or of several: then the newest")
-    parser.add_argument("--diff", nargs=2, metavar=("A", "B"), help="compare two instead; exit code 1 if they differ")
+    parser.add_argument(
+        "checkpoint", nargs="?", type=local_path, help="folder of an iteration, or of several: then the newest"
+    )
+    parser.add_argument(
+        "--diff", nargs=2, type=local_path, metavar=("A", "B"), help="compare two instead; exit code 1 if they differ"
+    )
     parser.add_argument("--optimizer", action="store_true", help="the optimizer's state as well")
     parser.add_argument("--tensors", default="*", metavar="PATTERN", help="only names like this: *.layers.0.* [*]")
     parser.add_argument("--config", action="store_true", help="print the run's config instead, as YAML")
@@ -81,7 +87,7 @@ def _about(source: HyperPSource) -> dict[str, Any]:
     """What a checkpoint is as a whole."""
     config, common, model = source.config, source.reader.common, source.config.model
     files = [path for path in source.folder.iterdir() if path.is_file()]
-    progress = common.get("progress") or {}
+    progress, parent = common.get("progress") or {}, common.get(PARENT)
     about: dict[str, Any] = {
         "checkpoint": str(source.folder),
         "bytes": sum(path.stat().st_size for path in files),
@@ -93,7 +99,8 @@ def _about(source: HyperPSource) -> dict[str, Any]:
         "tokens": progress.get("consumed_tokens", 0),
         "layout": dict(zip(("PP", "TP", "DP", "VPP"), common.get("layout") or (), strict=False)),
         "run": config.logging.run_dir,
-        "wandb run": common.get("run_id"),
+        "wandb run": common.get(RUN_ID),
+        "parent": parent.get("checkpoint") if isinstance(parent, dict) else None,
         "optimizer": config.optimizer.optimizer if source.whole else "none: weights alone",
         "parameters": sum(_numel(shape.shape) for shape in source.parameters.values()),
         "layers": model.num_layers,

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_hyperp import arguments, device
 from megatron_hyperp.errors import UsageError, run_command
+from megatron_hyperp.files import local_path
 from megatron_hyperp.planning.arguments import DEFAULTS, add_cluster_flags, cluster_of
 from megatron_hyperp.planning.layouts import Cluster
 from megatron_hyperp.planning.plan import RunPlan, describe, make_plan, to_json, to_yaml
@@ -27,7 +28,7 @@ def parser() -> argparse.ArgumentParser:
     add_cluster_flags(group, several=True)
     output = group.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
-    output.add_argument("--yaml", metavar="FILE", help="write a config for the trainer; - prints it")
+    output.add_argument("--yaml", type=local_path, metavar="FILE", help="write a config for the trainer; - prints it")
     return result
 
 

@@ -10,6 +10,7 @@ from megatron_hyperp.data.content import record
 from megatron_hyperp.data.indexed import CorpusSummary, write_corpus
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import run_command
+from megatron_hyperp.files import local_path
 
 
 def main(argv: list[str]) -> None:
@@ -35,11 +36,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     add_corpus_arguments(parser)
     parser.add_argument(
         "--tokenizer",
+        type=local_path,
         required=True,
         metavar="TOKENIZER",
         help="a SentencePiece .model, a Hugging Face tokenizer.json, or null:VOCAB_SIZE for text of token ids",
     )
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx")
+    parser.add_argument(
+        "--output-prefix", type=local_path, required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx"
+    )
     parser.add_argument(
         "--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="processes (default %(default)s)"
     )

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from megatron_hyperp.errors import UsageError, run_command
+from megatron_hyperp.files import local_path
 from megatron_hyperp.reporting.page import write
 from megatron_hyperp.reporting.runs import load_runs, summarize
 
@@ -31,9 +32,14 @@ def destination(output: str | None, first_run: str) -> Path:
 def main(argv: list[str]) -> None:
     """Read the runs, write the page and the pictures, print one line a run."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder, the --run-dir of a training")
     parser.add_argument(
-        "--output", metavar="FOLDER_OR_HTML", help=f"folder for {NAME}, or an .html file [the first run's folder]"
+        "runs", nargs="+", type=local_path, metavar="RUN", help="run folder, the --run-dir of a training"
+    )
+    parser.add_argument(
+        "--output",
+        type=local_path,
+        metavar="FOLDER_OR_HTML",
+        help=f"folder for {NAME}, or an .html file [the first run's folder]",
     )
     options = parser.parse_args(argv)
     output = destination(options.output, options.runs[0])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from megatron_hyperp.data.arguments import positive_int
 from megatron_hyperp.errors import UsageError, run_command
+from megatron_hyperp.files import local_path
 from megatron_hyperp.scaling import slurm
 from megatron_hyperp.scaling.spec import Spec
 from megatron_hyperp.scaling.sweep import Sweep, trainer_command
@@ -58,10 +59,17 @@ def _listing(sweep: Sweep) -> str:
 def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, epilog="--debug shows the traceback of an error.")
     parser.add_argument(
-        "spec", metavar="SPEC", help="YAML file, see megatron_hyperp/scaling/spec.py and examples/sweeps"
+        "spec",
+        type=local_path,
+        metavar="SPEC",
+        help="YAML file, see megatron_hyperp/scaling/spec.py and examples/sweeps",
     )
-    parser.add_argument("--output", metavar="FOLDER", help="folder of the runs [runs/sweeps/NAME OF SPEC]")
-    parser.add_argument("--csv", metavar="FILE", help="table of the results [results.csv in the output folder]")
+    parser.add_argument(
+        "--output", type=local_path, metavar="FOLDER", help="folder of the runs [runs/sweeps/NAME OF SPEC]"
+    )
+    parser.add_argument(
+        "--csv", type=local_path, metavar="FILE", help="table of the results [results.csv in the output folder]"
+    )
     parser.add_argument(
         "--workers", type=positive_int, default=1, metavar="N", help="trainings, or tasks of the array, at a time [1]"
     )

@@ -10,6 +10,7 @@ from megatron_hyperp.data.arguments import add_corpus_arguments, corpus_from_arg
 from megatron_hyperp.data.corpus import Corpus
 from megatron_hyperp.data.tokenizer import MODEL_TYPES, load_tokenizer, train_sentencepiece
 from megatron_hyperp.errors import run_command
+from megatron_hyperp.files import local_path
 
 
 class _Texts:
@@ -59,7 +60,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         metavar="SHARE",
         help="share of the characters with a token of their own; the rest are spelled in bytes (default %(default)s)",
     )
-    parser.add_argument("--output", required=True, metavar="PREFIX", help="write PREFIX.model")
+    parser.add_argument("--output", type=local_path, required=True, metavar="PREFIX", help="write PREFIX.model")
     return parser.parse_args(argv)
 
 

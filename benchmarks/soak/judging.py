@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.training.logging import read_events, read_metrics
+from megatron_hyperp.training.logging import kind_of, read_events, read_metrics
 
 # Minutes in which a process still grows: imports, first checkpoint, first evaluation, the allocator's pools.
 WARM_UP = 15.0
@@ -153,7 +153,7 @@ def _same_losses(folder: Path) -> bool:
 
 
 def _key(row: dict[str, Any]) -> tuple[int, str]:
-    return row["iteration"], "loss" if "loss" in row else "evaluation" if "eval_loss" in row else "stability"
+    return row["iteration"], kind_of(row)
 
 
 def _figures(row: dict[str, Any]) -> dict[str, Any]:

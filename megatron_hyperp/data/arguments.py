@@ -15,12 +15,15 @@ from megatron_hyperp.data.corpus import (
     python_corpus_paths,
 )
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.files import local_path
 
 
 def add_corpus_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options that choose documents; :func:`corpus_from_arguments` reads them."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--input", nargs="+", metavar="PATH", help="text files, JSON-lines files and folders of them")
+    source.add_argument(
+        "--input", nargs="+", type=local_path, metavar="PATH", help="text files, JSON-lines files and folders of them"
+    )
     source.add_argument(
         "--python-corpus",
         action="store_true",

@@ -17,6 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.blended_megatron_dataset_config import (
+    convert_split_vector_to_split_matrix,
+    parse_and_normalize_split,
+)
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from numpy.lib import format as npy_format
 
@@ -26,7 +30,11 @@ from megatron_hyperp.data.indexed import PrefixInfo, check_prefix, check_vocabul
 from megatron_hyperp.data.tokenizer import Tokenizer
 from megatron_hyperp.errors import UsageError
 
-_SPLIT_NAMES = ("training", "validation", "test")
+# Names of a split's parts in flags, and in messages with what helps where a part has no sample.
+PARTS = ("train", "valid", "test")
+_NAMES = ("training", "validation", "test")
+_NO_SAMPLE = "give it a larger share in --split, such as 99,1,0, a longer corpus or a shorter --seq-length"
+_REMEDIES = (_NO_SAMPLE, f"{_NO_SAMPLE}, or train without validation: --eval-interval 0")
 _MEGATRON_SURPLUS = 0.005
 
 
@@ -87,6 +95,7 @@ def build_datasets(
     reset_attention_mask: bool = False,
     eod_mask_loss: bool = False,
     create_attention_mask: bool = False,
+    note: Callable[[str], None] = lambda _: None,
 ) -> Datasets:
     """Build the training, validation and test datasets.
 
@@ -101,7 +110,7 @@ def build_datasets(
         seq_length: tokens per sample; a sample reads one more for its labels.
         seed: of the order of documents and samples.
         num_samples: samples to draw for training, validation and test, in as many epochs as that takes; of a split
-            with 0 no dataset is built.
+            with 0 no dataset is built, nor of a test share without a sample.
         tokenizer: the one that the corpora were made with.
         cache_path: folder of the sample indices; a folder named as the first prefix with ``-cache`` by default.
         reset_position_ids: count positions from the beginning of each document.
@@ -109,6 +118,7 @@ def build_datasets(
         eod_mask_loss: give end-of-document tokens in the input no loss.
         create_attention_mask: put a Boolean mask ``[1, seq_length, seq_length]``, true where a token must not look,
             into every sample.
+        note: receives a line when a test share has no sample.
 
     Returns:
         Datasets whose items are dictionaries of ``tokens``, ``labels``, ``position_ids`` (int64), ``loss_mask``
@@ -116,39 +126,51 @@ def build_datasets(
 
     Raises:
         UsageError: when a prefix is damaged or of another vocabulary (see :func:`check_prefix`,
-            :func:`check_vocabulary`), a split is too short for one sample or has no share, or the cache cannot be
-            written.
+            :func:`check_vocabulary`), the training or validation share has no sample, or the cache cannot be written.
     """
     if reset_attention_mask and not create_attention_mask:
         raise UsageError("reset_attention_mask changes a mask that is not made; set create_attention_mask as well")
-    _check_split(split)
     blend = parse_blend(data_path)
     infos = [check_prefix(prefix) for _, prefix in blend]
+    check_shares(split, infos, seq_length, num_samples)
     cache = _cache_folder(cache_path, infos)
     if _rank() == 0:
         for info in infos:
             check_vocabulary(info.prefix, tokenizer.vocab_size)
-
     weights = [
         float(info.num_tokens) if weight is None else weight for (weight, _), info in zip(blend, infos, strict=True)
     ]
-    config = GPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=seq_length,
-        # Megatron blends no single corpus.
-        blend=([info.prefix for info in infos], weights if len(weights) > 1 else None),
-        split=split,
-        path_to_cache=str(cache),
-        tokenizer=tokenizer,
-        mid_level_dataset_surplus=_surplus(weights, num_samples),
-        reset_position_ids=reset_position_ids,
-        reset_attention_mask=reset_attention_mask,
-        eod_mask_loss=eod_mask_loss,
-        create_attention_mask=create_attention_mask,
-    )
-    _restrict_splits(config, infos, num_samples)
+
+    def build(wanted: tuple[int, int, int]) -> list[SampleDataset | None]:
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=seq_length,
+            # Megatron blends no single corpus.
+            blend=([info.prefix for info in infos], weights if len(weights) > 1 else None),
+            split=split,
+            path_to_cache=str(cache),
+            tokenizer=tokenizer,
+            mid_level_dataset_surplus=_surplus(weights, wanted),
+            reset_position_ids=reset_position_ids,
+            reset_attention_mask=reset_attention_mask,
+            eod_mask_loss=eod_mask_loss,
+            create_attention_mask=create_attention_mask,
+        )
+        # Megatron would loop for ever over a split without tokens, even if no sample of it is asked for.
+        config.split_matrix = [share if size else None for share, size in zip(config.split_matrix, wanted, strict=True)]
+        return _build(config, wanted)
+
     with _held_cache(cache):
-        return Datasets(*_build(config, num_samples))
+        train, valid, _ = build((*num_samples[:2], 0))
+        test = None
+        # Separately: a blend's surplus, and with it the order of samples, depends on all sizes of one build.
+        if num_samples[2] and (share := _share(split, 2)) is not None:
+            shortage = _shortage(share, infos, seq_length, "test")
+            if shortage is None:
+                *_, test = build((0, 0, num_samples[2]))
+            else:
+                note(f"no evaluation on the test set: {shortage}")
+        return Datasets(train, valid, test)
 
 
 def _build(config: GPTDatasetConfig, num_samples: tuple[int, int, int]) -> list[SampleDataset | None]:
@@ -196,35 +218,68 @@ def _quiet_megatron() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _restrict_splits(config: GPTDatasetConfig, infos: Sequence[PrefixInfo], num_samples: Sequence[int]) -> None:
-    """Leave out the splits that are not asked for, and check that the others hold a sample.
+def check_shares(split: str, infos: Sequence[PrefixInfo], seq_length: int, wanted: Sequence[int]) -> None:
+    """Check that a split is one, and that each corpus has a sample for training and validation where any is wanted.
 
-    Megatron would loop for ever over a split without tokens, even if no sample of it is asked for.
+    Args:
+        split: as for :func:`build_datasets`.
+        infos: of the corpora.
+        seq_length: tokens per sample.
+        wanted: samples for training and validation.
+
+    Raises:
+        UsageError: it is not, or a share is too small.
     """
-    for number, (name, wanted) in enumerate(zip(_SPLIT_NAMES, num_samples, strict=True)):
-        if not wanted:
-            config.split_matrix[number] = None
+    _check_split(split)
+    for number, (name, remedy) in enumerate(zip(_NAMES, _REMEDIES, strict=False)):
+        if not wanted[number]:
             continue
-        if config.split_matrix[number] is None:
-            raise UsageError(
-                f"split {config.split} leaves no documents to the {name} set, of which {wanted} samples are asked for; "
-                "give it a share, or ask for none",
-                same_on_all_ranks=True,
+        share = _share(split, number)
+        if share is None:
+            message = f"--split {split} leaves no documents to the {name} set"
+            raise UsageError(f"{message}; {remedy}", same_on_all_ranks=True)
+        shortage = _shortage(share, infos, seq_length, name)
+        if shortage is not None:
+            raise UsageError(f"{shortage}; {remedy}", same_on_all_ranks=True)
+
+
+def documents_of(split: str, part: str, count: int) -> range:
+    """Return which of so many documents a part of a split has, as Megatron rounds it.
+
+    Args:
+        split: shares, such as "969,30,1".
+        part: one of :data:`PARTS`.
+        count: documents of the corpus.
+
+    Raises:
+        UsageError: the split is no list of shares.
+    """
+    _check_split(split)
+    share = _share(split, PARTS.index(part))
+    return range(0) if share is None else _rounded(share, count)
+
+
+def _share(split: str, number: int) -> tuple[float, float] | None:
+    """Return where a part of a split begins and ends, as fractions of the documents; None if it has no share."""
+    matrix: list[tuple[float, float] | None] = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
+    return matrix[number]
+
+
+def _rounded(share: tuple[float, float], count: int) -> range:
+    return range(*(round(edge * float(count)) for edge in share))
+
+
+def _shortage(share: tuple[float, float], infos: Sequence[PrefixInfo], seq_length: int, name: str) -> str | None:
+    """Name a corpus whose share has no sample, if there is one."""
+    for info in infos:
+        documents = _rounded(share, info.num_sequences)
+        tokens = int(info.sequence_lengths()[documents.start : documents.stop].sum(dtype="int64"))
+        if tokens < seq_length + 1:
+            return (
+                f"the {name} share of {info.prefix} holds {tokens} tokens in {len(documents)} of its"
+                f" {info.num_sequences} documents, too few for one sample of {seq_length} + 1"
             )
-        for info in infos:
-            _check_long_enough(info, config.split_matrix[number], config.sequence_length, name)
-
-
-def _check_long_enough(info: PrefixInfo, share: tuple[float, float], seq_length: int, name: str) -> None:
-    # Megatron's rounding of a share to whole sequences.
-    first, last = (round(edge * float(info.num_sequences)) for edge in share)
-    tokens = int(info.sequence_lengths()[first:last].sum(dtype="int64"))
-    if tokens < seq_length + 1:
-        raise UsageError(
-            f"the {name} share of {info.prefix} holds {tokens} tokens in {last - first} of its {info.num_sequences} "
-            f"documents, too few for one sample of {seq_length} + 1; give a longer corpus, a larger share in --split "
-            "or a shorter sequence"
-        )
+    return None
 
 
 def _check_split(split: str) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.files import read_json, read_small, write_atomically
+from megatron_hyperp.files import not_local, read_json, read_small, write_atomically
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MODEL_TYPES = ("bpe", "unigram")
@@ -219,6 +219,8 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
         if not _is_decimal(size):
             raise UsageError(f"{name} names no vocabulary size; write {NULL_PREFIX}32000, say")
         return NullTokenizer(int(size))
+    if fault := not_local(name):
+        raise UsageError(f"tokenizer {fault}")
     path = Path(name)
     if path.suffix not in (".model", ".json"):
         raise UsageError(

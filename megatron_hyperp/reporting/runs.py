@@ -48,6 +48,7 @@ class Run:
         folder: of the run.
         training: rows of training, in order.
         evaluations: rows of held-out losses.
+        tests: rows of losses on the test set, at the end of the run.
         stability: rows of stability indicators.
         events: alarms, checkpoints, resumptions.
         settings: of the resolved config, by ``section.key``; None without a readable one.
@@ -60,6 +61,7 @@ class Run:
     folder: Path
     training: list[Row]
     evaluations: list[Row]
+    tests: list[Row]
     stability: list[Row]
     events: list[Row]
     settings: dict[str, Any] | None
@@ -69,7 +71,7 @@ class Run:
 
     def values(self, key: str) -> list[float]:
         """Return the finite values of a metric over all rows."""
-        rows = (*self.training, *self.evaluations, *self.stability)
+        rows = (*self.training, *self.evaluations, *self.tests, *self.stability)
         return [value for value in (number(row.get(key)) for row in rows) if math.isfinite(value)]
 
     def series(self, key: str) -> tuple[list[float], list[float]]:
@@ -140,7 +142,7 @@ def load_run(folder: Path, name: str) -> Run:
         ) from error
     if not rows:
         raise UsageError(f"{folder / METRICS_FILE} is empty; wait for the run's first log line")
-    kinds: dict[str, list[Row]] = {"train": [], "eval": [], "stability": []}
+    kinds: dict[str, list[Row]] = {"train": [], "eval": [], "test": [], "stability": []}
     for row in rows:
         kinds[kind_of(row)].append(row)
     notes: list[str] = []
@@ -156,6 +158,7 @@ def load_run(folder: Path, name: str) -> Run:
         folder=folder,
         training=kinds["train"],
         evaluations=kinds["eval"],
+        tests=kinds["test"],
         stability=kinds["stability"],
         events=_events(folder, notes),
         settings=settings,

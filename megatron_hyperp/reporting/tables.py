@@ -83,7 +83,7 @@ def summary(runs: Sequence[Run]) -> Html:
     """One row for each run: size, budget, losses, largest indicators, speed."""
     head = [
         *("run", "optimizer", "layers × width", "parameters (active)", "tokens", "FLOPs"),
-        *("best held-out loss", "last training loss", "largest drift"),
+        *("best held-out loss", "test loss", "last training loss", "largest drift"),
         *("largest Z: attention", "largest Z: router", "largest Z: output", "largest MaxVio"),
         *("tokens/s", "MFU", "training time", "alarms"),
     ]
@@ -104,6 +104,7 @@ def _summary(run: Run, name: Html) -> list[Any]:
         amount(run.tokens),
         ABSENT if size is None else f"{size.flops_per_token * run.tokens:.2e}",
         _number(min(held_out, default=None)),
+        _number(next(reversed(run.values("test_loss")), None)),
         _number(losses[-1] if losses else None),
         _number(max(run.values("radius_drift"), default=None), ".1e"),
         _largest(run, "attention_z"),

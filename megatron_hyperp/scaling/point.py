@@ -25,6 +25,8 @@ COURSE: dict[str, set[str]] = {
     "optimizer": {"lr"},
     "data": {"data_path", "tokenizer_model", "data_cache_path", "num_workers"},
     "training": {"exit_interval", "eval_interval"},
+    # A point's folders for checkpoints are the sweep's; what it starts from is its own.
+    "checkpoint": {"save", "load", "save_interval", "keep", "async_save"},
 }
 KEY_LENGTH = 10
 

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from megatron_hyperp import libraries
 from megatron_hyperp.config import Config
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.training.checkpointing import own_checkpoints
 
 # What else ranks must have alike; how to mend it if they do not.
 _CHECKPOINT, _LAYERS, _CODE = "checkpoint", "layers", "code of megatron_hyperp"
@@ -59,8 +60,10 @@ def agree(config: Config, resume_from: Path | None) -> None:
 
 def told(config: Config, resume_from: Path | None) -> dict[str, str]:
     """Return all that ranks must have alike, by its name."""
+    pretrained = config.checkpoint.pretrained_checkpoint is not None and not own_checkpoints(config)
+    source = " of --pretrained-checkpoint" if pretrained else ""
     found = {
-        _CHECKPOINT: resume_from.name if resume_from else "none",
+        _CHECKPOINT: resume_from.name + source if resume_from else "none",
         _LAYERS: libraries.describe(config).removeprefix("layers: "),
     }
     for section in config.to_dict().values():

@@ -26,6 +26,8 @@ from megatron_hyperp.training.logging import CONFIG_FILE
 # Of the state that all ranks share: a checkpoint without optimizer state, with which a training begins; and the radii
 # of matrices whose spheres are those of imported weights, by name.
 WEIGHTS_ONLY, RADII = "weights_only", "radii"
+# Also there: the Weights & Biases run, and the parent of a run that started from another one's checkpoint (lineage.py).
+RUN_ID, PARENT = "run_id", "parent"
 TRACKER = "latest_checkpointed_iteration.txt"
 
 
@@ -87,6 +89,40 @@ def candidates(root: str | Path) -> list[Path]:
         return [] if newest is None else [newest]
     older = [path for path in complete_checkpoints(Path(root)) if iteration_of(path) < iteration_of(newest)]
     return [newest, *reversed(older)]
+
+
+def own_checkpoints(config: Config) -> list[Path]:
+    """Return the checkpoints that a run can resume from, as :func:`candidates` does: those in ``--load``.
+
+    With ``--pretrained-checkpoint`` those in ``--save`` come next, so that a requeued job continues its own run.
+
+    Raises: as :func:`candidates`.
+    """
+    options = config.checkpoint
+    found = candidates(options.load) if options.load is not None else []
+    if not found and options.pretrained_checkpoint is not None and options.save is not None:
+        found = candidates(options.save)
+    return found
+
+
+def starting_checkpoints(config: Config) -> list[Path]:
+    """Return the checkpoints that a run can start from: its own, else those in ``--pretrained-checkpoint``.
+
+    Raises: as :func:`candidates`.
+    """
+    pretrained = config.checkpoint.pretrained_checkpoint
+    return own_checkpoints(config) or (candidates(pretrained) if pretrained is not None else [])
+
+
+def takes_weights_only(config: Config, common: dict[str, Any]) -> bool:
+    """Whether a run starts at iteration 0 with the weights of the checkpoint that it found, and nothing else of it.
+
+    Args:
+        config: of the run, none of whose checkpoints has been written since it looked for one.
+        common: values that all ranks share in the checkpoint.
+    """
+    pretrained = config.checkpoint.pretrained_checkpoint is not None and not own_checkpoints(config)
+    return pretrained or bool(common.get(WEIGHTS_ONLY, False))
 
 
 def fault(folder: Path) -> str | None:
@@ -172,15 +208,17 @@ def load_checkpoint(
     optimizer: Any,
     balance: Any = None,
     scales: Any = None,
-) -> tuple[Progress, str | None]:
+    *,
+    weights_only: bool = False,
+) -> Progress:
     """Restore model, optimizer, expert loads, scales of FP8 and random state; a collective call.
 
-    Of a checkpoint with weights alone, they become the optimizer's masters too, and the run stands at its beginning.
+    With ``weights_only`` the weights become the optimizer's masters too, and the run stands at its beginning.
     The random state is restored only under the layout that wrote it; without dropout nothing depends on it. So is
     TransformerEngine's history of FP8 scales, which otherwise begins anew.
 
     Returns:
-        Where the run stands, and the Weights & Biases run id.
+        Where the run stands.
 
     Raises:
         UsageError: the checkpoint cannot be read.
@@ -193,8 +231,7 @@ def load_checkpoint(
     try:
         common = dist_checkpointing.load_common_state_dict(str(folder))
         same_layout = common.get("layout") == layout()
-        history = same_layout and common.get("fp8_history", False) and keeps_fp8_history(config)
-        weights_only = common.get(WEIGHTS_ONLY, False)
+        history = not weights_only and same_layout and common.get("fp8_history", False) and keeps_fp8_history(config)
         if weights_only:
             # Their first gathering would write over what is loaded.
             optimizer.exchange.finish_param_sync()
@@ -218,7 +255,7 @@ def load_checkpoint(
         assert all(map(_is_extra_state, missing))
     if weights_only:
         optimizer.reload_model_params()
-        return Progress(), None
+        return Progress()
     optimizer.load_state_dict(loaded["optimizer"])
     if balance is not None:
         balance.load(loaded["balance"])
@@ -227,7 +264,7 @@ def load_checkpoint(
         scales.load(loaded["fp8"])
     if same_layout:
         _restore_random_state(loaded["rng"][0])
-    return Progress(**loaded["progress"]), loaded["run_id"]
+    return Progress(**loaded["progress"])
 
 
 @contextmanager

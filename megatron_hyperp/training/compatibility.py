@@ -89,8 +89,8 @@ def check_compatible(folder: Path, config: Config, *, weights_only: bool = False
     differing = [f"{name} is {then[name]} there, {now[name]} here" for name in ARCHITECTURE if then[name] != now[name]]
     if differing:
         raise UsageError(
-            f"the checkpoint {folder} has another architecture: {'; '.join(differing)}; give its values, or start anew"
-            " with another --save and no --load",
+            f"the checkpoint {folder} has another architecture: {'; '.join(differing)}; give its values, or start from"
+            " scratch with another --save, without --load and --pretrained-checkpoint",
             same_on_all_ranks=True,
         )
 
@@ -109,12 +109,24 @@ def changed_settings(folder: Path, config: Config) -> list[str]:
             before, now = getattr(getattr(saved, section), item.name), getattr(getattr(config, section), item.name)
             if before != now and item.name not in names:
                 lines.append(f"{item.name} was {before} in the checkpoint and is now {now}")
-    if any(line.startswith(("train_iters ", "global_batch_size ", "seed ", "data_path ", "split ")) for line in lines):
+    if any(
+        line.startswith(("train_iters ", "global_batch_size ", "seed ", "data_path ", "mock_data ", "split "))
+        for line in lines
+    ):
         lines.append("the order of the data may differ from here on")
     return lines
 
 
-def is_of_run(folder: Path, config: Config) -> bool:
-    """Whether a run with the same run folder wrote the checkpoint, so that its metrics go on."""
-    there = Path(arguments.load_stored(folder / CONFIG_FILE).logging.run_dir)
-    return there.resolve() == Path(config.logging.run_dir).resolve()
+def weights_notes(folder: Path, config: Config) -> list[str]:
+    """Return a line if weights that were trained off the spheres are put on spheres that follow from shapes."""
+    from megatron_hyperp.optim.routing import RULES, SPHERE_RULES
+
+    saved = arguments.load_stored(folder / CONFIG_FILE)
+    there, here = (bool({*RULES[each.optimizer.optimizer].values()} & {*SPHERE_RULES}) for each in (saved, config))
+    if there or not here or config.optimizer.radius == "from-weights":
+        return []
+    return [
+        f"the matrices of {saved.optimizer.optimizer} in the checkpoint are scaled to the radii of"
+        f" {config.optimizer.optimizer}; to keep their norms, convert the checkpoint with tools/convert_checkpoint.py"
+        " --radius from-weights and give that flag here too"
+    ]

@@ -30,18 +30,20 @@ class Evaluation:
         return math.exp(self.loss)
 
 
-def windows(prefix: str, length: int, most: int | None) -> Iterator[list[int]]:
+def windows(prefix: str, length: int, most: int | None, which: range | None = None) -> Iterator[list[int]]:
     """Yield the tokens of a corpus, documents one after the other, in windows that share one token.
 
     Args:
         prefix: of the corpus.
         length: tokens that a window predicts; the last one may have fewer.
         most: tokens to predict in all; None for all but the first.
+        which: documents to read; None for all.
     """
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     documents = IndexedDataset(prefix)
-    stream = (int(token) for document in documents for token in document)
+    numbers = range(len(documents)) if which is None else which
+    stream = (int(token) for number in numbers for token in documents[number])
     window = list(itertools.islice(stream, 1))
     left = math.inf if most is None else most
     while left:

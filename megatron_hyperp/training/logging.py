@@ -22,6 +22,8 @@ EVENTS_FILE = "events.jsonl"
 # Rows that a slow sink may leave waiting, and seconds that it gets at the end.
 MOST_ROWS_WAITING = 10_000
 SECONDS_TO_CLOSE = 30.0
+# Variables with which wandb starts from a step of another run; it takes neither an ID nor WANDB_RESUME beside them.
+_FORKS = {"WANDB_FORK_FROM", "WANDB_RESUME_FROM"}
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -40,8 +42,9 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def kind_of(row: Mapping[str, Any]) -> str:
-    """Say what a row of metrics is: "eval", "stability" or "train"."""
-    return "eval" if "eval_loss" in row else "stability" if "output_z" in row else "train"
+    """Say what a row of metrics is: "eval", "test", "stability" or "train"."""
+    names = {"eval_loss": "eval", "test_loss": "test", "output_z": "stability"}
+    return next((kind for name, kind in names.items() if name in row), "train")
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
@@ -95,12 +98,13 @@ class TensorBoard:
 
     Args:
         folder: of the event files.
+        purge_step: of a resumed run, its first iteration: TensorBoard hides what the folder has from there on.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, purge_step: int | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(folder)
+        self._writer = SummaryWriter(folder, purge_step=purge_step)
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Add the numbers of a row."""
@@ -115,21 +119,31 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run on Weights & Biases, online or, with WANDB_MODE=offline, in the run folder.
 
+    The environment's WANDB_RUN_ID, WANDB_RESUME, WANDB_NAME and WANDB_DIR come before what would be chosen here.
+
     Args:
         config: resolved.
-        run_id: of the run to continue, if there is one.
+        run_id: of the run to continue; None: a new one.
+        parent: of a branch, for the run's config (lineage.py).
     """
 
-    def __init__(self, config: Config, run_id: str | None) -> None:
+    def __init__(self, config: Config, run_id: str | None, parent: Mapping[str, Any] | None) -> None:
         import wandb
 
+        chosen: dict[str, Any] = {}
+        if not _FORKS & os.environ.keys():
+            if "WANDB_RUN_ID" not in os.environ:
+                chosen["id"] = run_id
+            if "WANDB_RESUME" not in os.environ:
+                chosen["resume"] = "allow"
+        if config.logging.wandb_exp_name or "WANDB_NAME" not in os.environ:
+            chosen["name"] = config.logging.wandb_exp_name or Path(config.logging.run_dir).name
+        if "WANDB_DIR" not in os.environ:
+            chosen["dir"] = config.logging.run_dir
         self._run = wandb.init(
             project=config.logging.wandb_project,
-            name=config.logging.wandb_exp_name or Path(config.logging.run_dir).name,
-            dir=config.logging.run_dir,
-            id=run_id,
-            resume="allow",
-            config=config.to_dict(),
+            config=config.to_dict() | ({} if parent is None else {"parent": dict(parent)}),
+            **chosen,
         )
         self.run_id: str = self._run.id
 
@@ -185,12 +199,23 @@ class MetricsWriter:
 
     Args:
         config: resolved config.
+        iteration: at which the run starts.
         active: whether this rank writes.
         fresh: as for :class:`JsonLines`.
         run_id: Weights & Biases run to continue.
+        parent: as for :class:`WeightsAndBiases`.
     """
 
-    def __init__(self, config: Config, *, active: bool, fresh: bool, run_id: str | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        iteration: int = 0,
+        *,
+        active: bool,
+        fresh: bool,
+        run_id: str | None = None,
+        parent: Mapping[str, Any] | None = None,
+    ) -> None:
         self.run_id = run_id
         self._sinks: list[Sink] = []
         self._events = Path(config.logging.run_dir) / EVENTS_FILE if active else None
@@ -198,10 +223,11 @@ class MetricsWriter:
             return
         self._sinks.append(JsonLines(config.logging.run_dir, fresh=fresh))
         if config.logging.tensorboard_dir:
-            self._sinks.append(InBackground("TensorBoard", TensorBoard(config.logging.tensorboard_dir)))
+            tensorboard = TensorBoard(config.logging.tensorboard_dir, None if fresh else iteration + 1)
+            self._sinks.append(InBackground("TensorBoard", tensorboard))
         if config.logging.wandb_project:
             try:
-                service = WeightsAndBiases(config, run_id)
+                service = WeightsAndBiases(config, run_id, parent)
                 self.run_id = service.run_id
                 self._sinks.append(InBackground("wandb", service))
             except Exception as error:

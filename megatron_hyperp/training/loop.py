@@ -16,13 +16,15 @@ from megatron_hyperp import device
 from megatron_hyperp.config import Config, micro_batches
 from megatron_hyperp.data import batches as micro
 from megatron_hyperp.data.datasets import build_datasets
+from megatron_hyperp.data.mock import mock_datasets
 from megatron_hyperp.training import checkpointing, heartbeats
 from megatron_hyperp.training.alarms import ACTIONS, Alarms
 from megatron_hyperp.training.checkpointing import Progress
-from megatron_hyperp.training.compatibility import changed_settings, is_of_run
+from megatron_hyperp.training.compatibility import changed_settings, weights_notes
 from megatron_hyperp.training.description import describe
 from megatron_hyperp.training.divergence import Divergence, check_loaded
 from megatron_hyperp.training.forward import Batches, forward_step
+from megatron_hyperp.training.lineage import Lineage, record_branch, trace
 from megatron_hyperp.training.logging import CONFIG_FILE, EVENTS_FILE, METRICS_FILE, Console, MetricsWriter
 from megatron_hyperp.training.meter import Meter
 from megatron_hyperp.training.phases import Phases
@@ -59,7 +61,8 @@ class Trainer:
             self.console.print(line)
         self.balance, self.scales = build_balance(config), build_scales(config)
         common = {} if resume_from is None else checkpointing.common_state(resume_from)
-        weights_only, self.radii = common.get(checkpointing.WEIGHTS_ONLY, False), common.get(checkpointing.RADII)
+        weights_only = resume_from is not None and checkpointing.takes_weights_only(config, common)
+        self.radii = common.get(checkpointing.RADII)
         self.chunks, self.optimizer = build(config, self.balance, self.scales, radii=self.radii, log=self.console.print)
         self.stability = Stability(config, self.chunks, self.optimizer, self.balance)
         self._time_communication()
@@ -92,24 +95,33 @@ class Trainer:
         )
         self.report_alive: Callable[[], None] = lambda: None
         self.divergence = Divergence(self, None if weights_only else resume_from)
-        self.progress, run_id = Progress(), None
+        self.progress, self.lineage = Progress(), Lineage()
         if resume_from is not None:
-            self.progress, run_id = checkpointing.load_checkpoint(
-                config, resume_from, self.chunks, self.optimizer, self.balance, self.scales
+            self.progress = checkpointing.load_checkpoint(
+                *(config, resume_from, self.chunks, self.optimizer, self.balance, self.scales),
+                weights_only=weights_only,
             )
             check_loaded(self, resume_from)
             self.scheduler.step(self.progress.iteration)
-            done = "began with the weights of" if weights_only else "resumed from"
-            self.console.print(f"{done} {resume_from} at iteration {self.progress.iteration}")
-            for line in [] if weights_only else changed_settings(resume_from, config):
+            self.lineage = trace(config, resume_from, common, weights_only=weights_only)
+            kind, what = ("started", "with the weights of") if weights_only else ("resumed", "from")
+            origin = f"{what} {self.lineage.describe(resume_from)}"
+            self.console.print(f"{kind} {origin} at iteration {self.progress.iteration}")
+            for line in (weights_notes if weights_only else changed_settings)(resume_from, config):
                 self.console.print(f"note: {line}")
         self._build_data(tokenizer)
-        continued = resume_from is not None and not weights_only and is_of_run(resume_from, config)
-        self.writer = MetricsWriter(config, active=self.rank == 0, fresh=not continued, run_id=run_id)
+        self.writer = MetricsWriter(
+            *(config, self.progress.iteration),
+            active=self.rank == 0,
+            fresh=not self.lineage.continued,
+            run_id=self.lineage.run_id,
+            parent=self.lineage.parent,
+        )
         if self.rank == 0:
             checkpointing.write_run_config(config)
+            record_branch(config, self.lineage, self.writer.run_id)
         if resume_from is not None:
-            self.writer.event(self.progress.iteration, "resumed", f"from {resume_from}")
+            self.writer.event(self.progress.iteration, kind, origin)
         interval = config.training.check_weight_hash_across_dp_replicas_interval
         self.replicas = Replicas(interval, self.optimizer, self.balance, self.scales, event=self.writer.event)
         self.saver = self._build_saver()
@@ -128,22 +140,29 @@ class Trainer:
             setattr(owner, name, around(getattr(owner, name)))
 
     def _build_data(self, tokenizer: Any) -> None:
-        data, training = self.config.data, self.config.training
-        evaluation = training.eval_iters if training.eval_interval else 0
-        self.train_set, self.valid_set, _ = build_datasets(
-            data_path=data.data_path,
-            split=data.split,
-            seq_length=self.config.model.seq_length,
-            seed=training.seed,
-            num_samples=(
-                training.train_iters * training.global_batch_size,
-                evaluation * training.global_batch_size,
-                0,
-            ),
-            tokenizer=tokenizer,
-            cache_path=data.data_cache_path,
-            eod_mask_loss=data.eod_mask_loss,
-        )
+        data, training, model = self.config.data, self.config.training, self.config.model
+        evaluated = training.eval_iters * training.global_batch_size if training.eval_interval else 0
+        num_samples = (training.train_iters * training.global_batch_size, evaluated, evaluated)
+        if data.mock_data:
+            sets = mock_datasets(
+                seq_length=model.seq_length,
+                vocab_size=model.vocab_size if tokenizer is None else tokenizer.vocab_size,
+                seed=training.seed,
+                num_samples=num_samples,
+            )
+        else:
+            sets = build_datasets(
+                data_path=data.data_path,
+                split=data.split,
+                seq_length=model.seq_length,
+                seed=training.seed,
+                num_samples=num_samples,
+                tokenizer=tokenizer,
+                cache_path=data.data_cache_path,
+                eod_mask_loss=data.eod_mask_loss,
+                note=self.console.print,
+            )
+        self.train_set, self.valid_set, self.test_set = sets
 
     def _batches(self, dataset: Any, consumed_samples: int) -> list[Batches]:
         """Return one iterator per pipeline chunk: the interleaved schedule draws from each on its own."""
@@ -216,6 +235,9 @@ class Trainer:
         if self.saver:
             with self.phases.phase("checkpoint"):
                 self.saver.finish()
+        if self.progress.iteration == training.train_iters and not self.stopped:
+            with self.phases.phase("evaluation"):
+                self.test()
         self.console.stop_bar()
         if self.stopped:
             self.console.print(f"stopping: {self.stopped}", important=True)
@@ -323,28 +345,39 @@ class Trainer:
 
     def evaluate(self) -> float | None:
         """Return and write the held-out loss over the same ``eval_iters`` batches each time; None without any."""
-        training = self.config.training
-        if self.valid_set is None or not training.eval_interval or not training.eval_iters:
+        if self.valid_set is None or not self.config.training.eval_interval or not self.config.training.eval_iters:
             return None
-        for chunk in self.chunks:
-            chunk.eval()
-        batches = self._batches(self.valid_set, 0)
-        losses = torch.zeros(2, dtype=torch.float64, device=device.device())
-        with torch.no_grad():
-            for _ in range(training.eval_iters):
-                losses += self._forward_backward(batches, forward_only=True)
-        for chunk in self.chunks:
-            chunk.train()
-        loss = self.global_mean(losses)
-        row = {"iteration": self.progress.iteration, "tokens": self.progress.consumed_tokens, "eval_loss": loss}
-        self.writer.write(row)
+        loss = self._loss_on(self.valid_set, "eval_loss")
         self._losses[self.progress.iteration] = loss
         self.console.print(f"held-out loss {loss:.4f} at iteration {self.progress.iteration}")
         return loss
 
+    def test(self) -> None:
+        """Write the loss over ``eval_iters`` batches of the test set, if there is one, at the end of the run."""
+        if self.test_set is not None:
+            loss = self._loss_on(self.test_set, "test_loss")
+            self.console.print(f"test loss {loss:.4f} at iteration {self.progress.iteration}", important=True)
+
+    def _loss_on(self, dataset: Any, name: str) -> float:
+        """Return and write the mean loss per token over the first ``eval_iters`` batches of a dataset."""
+        for chunk in self.chunks:
+            chunk.eval()
+        batches = self._batches(dataset, 0)
+        losses = torch.zeros(2, dtype=torch.float64, device=device.device())
+        with torch.no_grad():
+            for _ in range(self.config.training.eval_iters):
+                losses += self._forward_backward(batches, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        loss = self.global_mean(losses)
+        row = {"iteration": self.progress.iteration, "tokens": self.progress.consumed_tokens, name: loss}
+        self.writer.write(row)
+        return loss
+
     def _build_saver(self) -> Saver | None:
         parts = self.chunks, self.optimizer, self.balance, self.scales
-        return Saver(self.config, *parts, radii=self.radii, said=self._saved) if self.config.checkpoint.save else None
+        known: dict[str, Any] = {"radii": self.radii, "parent": self.lineage.parent, "said": self._saved}
+        return Saver(self.config, *parts, **known) if self.config.checkpoint.save else None
 
     def _save(self) -> None:
         assert self.saver is not None

@@ -13,12 +13,13 @@ import torch.distributed as dist
 from megatron_hyperp import checksums, device, libraries
 from megatron_hyperp.config import Config
 from megatron_hyperp.data.content import check_content
-from megatron_hyperp.data.datasets import parse_blend
+from megatron_hyperp.data.datasets import check_shares, parse_blend
 from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.orthogonalize import check_backend
-from megatron_hyperp.training import alarms, checkpointing, determinism, profiling
+from megatron_hyperp.planning.plan import with_vocabulary
+from megatron_hyperp.training import alarms, checkpointing, determinism, lineage, profiling
 from megatron_hyperp.training.compatibility import check_compatible
 
 # Bytes of a corpus' file that every start reads in full; of a larger one tools/check_data.py does.
@@ -29,20 +30,17 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
     """Resolve the config and look at everything on disk, before any process group exists.
 
     Returns:
-        The resolved config, the tokenizer, and the checkpoint to resume from.
+        The resolved config, the tokenizer (None for ``--mock-data`` without one), and the checkpoint to start from.
 
     Raises:
         UsageError: anything that cannot run.
     """
     device.check_ranks()
-    if not config.data.data_path:
-        raise UsageError(
-            "no data; give --data-path PREFIX (tools/preprocess_data.py makes one)", same_on_all_ranks=True
-        )
-    if not config.data.tokenizer_model:
-        raise UsageError("no tokenizer; give the --tokenizer-model the data was made with", same_on_all_ranks=True)
-    tokenizer = load_tokenizer(config.data.tokenizer_model)
-    config = config.resolve(world_size=world_size, tokenizer_vocab_size=tokenizer.vocab_size)
+    tokenizer = _tokenizer(config)
+    if tokenizer is None:
+        config = with_vocabulary(config).resolve(world_size=world_size)
+    else:
+        config = config.resolve(world_size=world_size, tokenizer_vocab_size=tokenizer.vocab_size)
     if config.training.deterministic_mode:
         determinism.begin()
     parallel = config.parallel
@@ -61,10 +59,8 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
         check_backend(options.ns_backend, dtype)
     except UsageError as error:
         raise UsageError(f"--ns-backend {options.ns_backend}: {error}") from error
-    for _, prefix in parse_blend(config.data.data_path):
-        check_prefix(prefix)
-        check_content(prefix, most_bytes=CORPUS_READ_IN_FULL)
-        check_vocabulary(prefix, config.model.vocab_size, full_scan_bytes=CORPUS_READ_IN_FULL)
+    if not config.data.mock_data:
+        _check_corpora(config)
     checkpointing.check_writable(config.logging.run_dir, "--run-dir")
     if config.logging.tensorboard_dir:
         checkpointing.check_writable(config.logging.tensorboard_dir, "--tensorboard-dir")
@@ -76,6 +72,36 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
             same_on_all_ranks=True,
         )
     return config, tokenizer, _checkpoint_to_load(config)
+
+
+def _tokenizer(config: Config) -> Any:
+    """Load the tokenizer; return None where ``--mock-data`` needs none.
+
+    Raises:
+        UsageError: there is no data, or no tokenizer.
+    """
+    data = config.data
+    if not data.data_path and not data.mock_data:
+        raise UsageError(
+            "no data; give --data-path PREFIX (tools/preprocess_data.py makes one), or --mock-data for synthetic data",
+            same_on_all_ranks=True,
+        )
+    if data.tokenizer_model:
+        return load_tokenizer(data.tokenizer_model)
+    if not data.mock_data:
+        raise UsageError("no tokenizer; give the --tokenizer-model the data was made with", same_on_all_ranks=True)
+    return None
+
+
+def _check_corpora(config: Config) -> None:
+    """See that corpora are whole, and have samples for what the run needs. Raises: UsageError: one does not."""
+    training, infos = config.training, []
+    for _, prefix in parse_blend(config.data.data_path):
+        infos.append(check_prefix(prefix))
+        check_content(prefix, most_bytes=CORPUS_READ_IN_FULL)
+        check_vocabulary(prefix, config.model.vocab_size, full_scan_bytes=CORPUS_READ_IN_FULL)
+    evaluated = training.eval_iters if training.eval_interval else 0
+    check_shares(config.data.split, infos, config.model.seq_length, (training.train_iters, evaluated))
 
 
 def check_reports(config: Config, world_size: int) -> None:
@@ -137,24 +163,43 @@ def _check_kernels(config: Config) -> None:
 
 
 def _checkpoint_to_load(config: Config) -> Path | None:
-    load, save = config.checkpoint.load, config.checkpoint.save
-    folders: list[Path] = []
-    if load is not None:
-        folders = checkpointing.candidates(load)
-        if not folders and (save is None or Path(load).resolve() != Path(save).resolve()):
-            raise UsageError(f"--load {load} holds no checkpoint; give a folder that does, or leave it out")
+    options = config.checkpoint
+    load, save, pretrained = options.load, options.save, options.pretrained_checkpoint
+    for flag, own in (("--load", load), ("--save", save)):
+        if pretrained is not None and own is not None and Path(pretrained).resolve() == Path(own).resolve():
+            raise UsageError(
+                f"--pretrained-checkpoint {pretrained} is the {flag} folder too; leave it out to resume that run, or"
+                f" give {flag} a folder of this run's own",
+                same_on_all_ranks=True,
+            )
+    folders = checkpointing.starting_checkpoints(config)
+    if not folders and pretrained is not None:
+        raise UsageError(f"--pretrained-checkpoint {pretrained} holds no checkpoint; give a folder that does")
+    if not folders and load is not None and (save is None or Path(load).resolve() != Path(save).resolve()):
+        raise UsageError(f"--load {load} holds no checkpoint; give a folder that does, or leave it out")
     if save is not None:
         checkpointing.check_save_folder(save, folders[0] if folders else None)
     folder = first_sound(folders, checkpointing.fault)
-    if folder is not None:
-        common = checkpointing.common_state(folder)
-        check_compatible(folder, config, weights_only=common.get(checkpointing.WEIGHTS_ONLY, False))
-    if config.optimizer.radius == "from-weights" and (folder is None or not common.get(checkpointing.RADII)):
+    radii = None if folder is None else _check_start(folder, config).get(checkpointing.RADII)
+    if config.optimizer.radius == "from-weights" and not radii:
         raise UsageError(
-            "--radius from-weights needs --load of a checkpoint that has radii; import one with"
-            " tools/convert_checkpoint.py --radius from-weights"
+            "--radius from-weights needs --load or --pretrained-checkpoint of a checkpoint that has radii; import one"
+            " with tools/convert_checkpoint.py --radius from-weights"
         )
     return folder
+
+
+def _check_start(folder: Path, config: Config) -> dict[str, Any]:
+    """See that a run can start from a checkpoint; return the values that all ranks share in it.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    common = checkpointing.common_state(folder)
+    weights_only = checkpointing.takes_weights_only(config, common)
+    check_compatible(folder, config, weights_only=weights_only)
+    lineage.check_tensorboard(config, folder, weights_only=weights_only)
+    return common
 
 
 def first_sound(folders: Sequence[Path], fault: Callable[[Path], str | None]) -> Path | None:
@@ -194,12 +239,10 @@ def verify(config: Config, found: Path | None) -> Path | None:
     """
     if found is None:
         return None
-    assert config.checkpoint.load is not None
-    folders = checkpointing.candidates(config.checkpoint.load)
+    folders = checkpointing.starting_checkpoints(config)
     folder = first_sound(folders[folders.index(found) :], _fault_of_shares)
     if folder is not None and folder != found:
-        common = checkpointing.common_state(folder)
-        check_compatible(folder, config, weights_only=common.get(checkpointing.WEIGHTS_ONLY, False))
+        _check_start(folder, config)
     return folder
 
 

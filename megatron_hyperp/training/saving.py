@@ -28,7 +28,9 @@ from megatron_hyperp.errors import UsageError
 from megatron_hyperp.files import flush, write_atomically
 from megatron_hyperp.processes import bound_children, serve_parent_alone
 from megatron_hyperp.training.checkpointing import (
+    PARENT,
     RADII,
+    RUN_ID,
     TRACKER,
     Progress,
     checkpoint_folder,
@@ -77,6 +79,7 @@ class Saver:
         balance: loads of a mixture of experts; None for a dense model.
         scales: of delayed scaling in emulated FP8, if there are any.
         radii: of spheres that do not follow from shapes, by the parameter's name.
+        parent: where a branch comes from (lineage.py).
         said: called on every rank for each checkpoint that is complete.
     """
 
@@ -89,6 +92,7 @@ class Saver:
         scales: Any = None,
         *,
         radii: dict[str, float] | None = None,
+        parent: dict[str, Any] | None = None,
         said: Callable[[Saved], None],
     ) -> None:
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -96,7 +100,7 @@ class Saver:
         assert config.checkpoint.save is not None
         self._config, self._said = config, said
         self._chunks, self._optimizer, self._balance, self._scales = chunks, optimizer, balance, scales
-        self._radii = radii
+        self._radii, self._parent = radii, parent
         self._root = Path(config.checkpoint.save)
         self._queue = AsyncCallsQueue()
 
@@ -137,7 +141,8 @@ class Saver:
             "progress": dataclasses.asdict(progress),
             "layout": layout(),
             "version": __version__,
-            "run_id": run_id,
+            RUN_ID: run_id,
+            PARENT: self._parent,
             RADII: self._radii,
             "balance": None if self._balance is None else self._balance.state(),
             "fp8": None if self._scales is None else self._scales.state(),

@@ -64,7 +64,7 @@ def test_imported_weights_are_trained_on_their_spheres(workspace: Path) -> None:
     config = write_config(toy_config(str(workspace / "toy"), workspace / "run", **fields), workspace / "radii.yaml")
     saved = workspace / "run" / "checkpoints"
     first = train(config, "--load", workspace / "start", "--save", saved, "--exit-interval", 2, *TP2, ranks=2)
-    assert "began with the weights of" in first
+    assert "started with the weights of" in first
     assert "at iteration 0" in first
     assert "resumed from" in train(config, "--load", saved, "--save", saved)
     rows = [row for row in read_metrics(workspace / "run") if "loss" in row]

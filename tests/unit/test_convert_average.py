@@ -105,5 +105,5 @@ def test_radii_from_weights_need_a_checkpoint_that_has_them(tmp_path: Path) -> N
     config = model_config(radius="from-weights")
     for load in (None, str(tmp_path / "ours")):
         config.checkpoint.load = load
-        with pytest.raises(UsageError, match="needs --load of a checkpoint that has radii"):
+        with pytest.raises(UsageError, match="needs --load or --pretrained-checkpoint of a checkpoint that has radii"):
             preflight._checkpoint_to_load(config)

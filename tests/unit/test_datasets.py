@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import itertools
 import os
+import re
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ import torch
 
 from megatron_hyperp.data.batches import Batch, SampleDataset, batches
 from megatron_hyperp.data.corpus import Document
-from megatron_hyperp.data.datasets import Datasets, build_datasets, parse_blend
+from megatron_hyperp.data.datasets import PARTS, Datasets, build_datasets, documents_of, parse_blend
 from megatron_hyperp.data.indexed import write_corpus
 from megatron_hyperp.data.tokenizer import NullTokenizer
 from megatron_hyperp.errors import UsageError
@@ -167,6 +168,42 @@ def test_splits_share_no_document_and_unwanted_ones_are_left_out(prefix: Path) -
     assert max(seen[0] - {TOKENIZER.eod}) < 48 * 30 <= min(seen[1])
 
 
+def test_a_test_share_without_a_sample_is_left_out(prefix: Path) -> None:
+    notes: list[str] = []
+    datasets = build(prefix, split="969,30,1", num_samples=(30, 5, 5), note=notes.append)
+    assert datasets.test is None
+    [line] = notes
+    assert re.search(
+        r"^no evaluation on the test set: the test share of .*corpus holds 0 tokens in 0 of its 60 d", line
+    )
+    assert build(prefix, split="90,10,0", num_samples=(30, 5, 5), note=notes.append).test is None
+    assert len(notes) == 1
+
+
+def test_a_test_set_leaves_the_order_of_the_others_alone(tmp_path: Path) -> None:
+    """Of a blend with few samples Megatron prepares more for the smallest of all splits that are built together."""
+    corpora = [make_corpus(tmp_path / str(number), 40, first=100 * number, length=30) for number in range(7)]
+    data_path = [10, corpora[0], *itertools.chain.from_iterable((1, path) for path in corpora[1:])]
+    without, tested = (build(*data_path, split="80,10,10", num_samples=(400, 8, size)) for size in (0, 3))
+    for number in range(2):
+        one, other = (tokens_of(batches(built(sets[number]), micro_batch_size=1), 8) for sets in (without, tested))
+        assert torch.equal(one, other)
+    assert len(list(batches(built(tested.test), micro_batch_size=1, num_batches=3))) == 3
+
+
+@pytest.mark.parametrize(
+    ("split", "expected"),
+    [
+        ("969,30,1", ["0:58", "58:60", "60:60"]),
+        ("100,0,0", ["0:60", "0:0", "0:0"]),
+        ("8,1,1", ["0:48", "48:54", "54:60"]),
+    ],
+)
+def test_parts_of_a_split_are_megatrons(split: str, expected: list[str]) -> None:
+    parts = [documents_of(split, part, 60) for part in PARTS]
+    assert [f"{part.start}:{part.stop}" for part in parts] == expected
+
+
 def test_an_epoch_holds_every_token_once(prefix: Path) -> None:
     dataset = built(build(prefix, split="1", num_samples=(1, 0, 0)).train)
     length = len(dataset)  # type: ignore[arg-type]
@@ -259,9 +296,15 @@ def test_bad_splits_are_refused(prefix: Path, split: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"split": "1,0,0", "num_samples": (8, 4, 0)}, "leaves no documents to the validation set"),
-        ({"split": "0,1,0"}, "leaves no documents to the training set"),
-        ({"split": "999,1,0", "num_samples": (8, 4, 0)}, "validation share of .*corpus holds 0 tokens in 0 of its 60"),
+        (
+            {"split": "100,0,0", "num_samples": (8, 4, 0)},
+            "leaves no documents to the validation set;.*99,1,0.*ion: --eval-interval 0",
+        ),
+        ({"split": "0,1,0"}, "leaves no documents to the training set; give it a larger share in --split"),
+        (
+            {"split": "999,1,0", "num_samples": (8, 4, 0)},
+            "validation share of .*corpus holds 0 tokens in 0 of its 60.*--eval-interval 0$",
+        ),
         ({"split": "1", "seq_length": 60 * 31}, "training share of .*corpus holds 1860 tokens in 60 of its 60"),
         ({"tokenizer": NullTokenizer(100)}, r"corpus\.bin holds token id 4999, outside a vocabulary of 100"),
     ],

@@ -46,6 +46,13 @@ REFUSALS = [
     Refusal(f"{SMALL} --adam-beta1 1.5", "--adam-beta1 is 1.5", "at least 0 and below 1"),
     Refusal(f"{SMALL} --adam-beta2=-0.5", "--adam-beta2 is -0.5", "at least 0 and below 1"),
     Refusal(f"{SMALL} --seed 4294967296", "--seed is 4.29", r"from 0 to 2\^32 - 1"),
+    # Data
+    Refusal(
+        f"{SMALL} --data-path 0.5 data/a 0.5 s3://bucket/b",
+        "--data-path s3://bucket/b is an address, not a path",
+        "copy it with `aws s3 sync`, or mount the bucket with mount-s3, and give its path$",
+    ),
+    Refusal(f"{SMALL} --mock-data --data-path a b", "--mock-data .*--data-path is a b", "leave one of them out$"),
     # Architecture
     Refusal("--hidden-size 64", "--num-layers", "or --depth"),
     Refusal("--num-layers 4", "--hidden-size", "or --depth"),
