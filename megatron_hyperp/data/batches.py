@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
+import weakref
 from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_hyperp.errors import LostRankError, UsageError
+from megatron_hyperp.processes import bound_children
 
 Batch = dict[str, torch.Tensor]
 SampleDataset = Dataset[Batch]
@@ -89,22 +94,59 @@ def batches(
 
 
 def _leave_signals_to_the_rank(_: int) -> None:
-    """Let a data-loading process live on when its rank is asked to stop: launchers signal a rank's children, too."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """Ignore what asks a rank to stop: launchers and terminals signal a rank's children, too."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+
+
+# Loading processes of this one.
+_processes: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+
+
+def _start(loader: DataLoader[Batch]) -> Iterator[Batch]:
+    """Start a loader's processes, if it has any; they end with this process, however it ends.
+
+    One that outlived its rank would hold the rank's output, and its connections, which tell other ranks of its death.
+    """
+    others = set(multiprocessing.active_children())
+    with bound_children():
+        iterator = iter(loader)
+    _processes.update(set(multiprocessing.active_children()) - others)
+    return iterator
+
+
+@atexit.register
+def _kill_processes() -> None:
+    """Kill loading processes that an exception's traceback still refers to.
+
+    At exit multiprocessing, whose handler runs after this one, sends them SIGTERM, which they ignore, and waits.
+    """
+    # PyTorch's handler raises an exception when a loading process ends.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in set(multiprocessing.active_children()) & set(_processes):
+        process.kill()
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error says that a loading process died; PyTorch may raise it anywhere in the main thread."""
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+
+
+def lost_process() -> LostRankError:
+    """Return the error that ends a rank whose loading process died."""
+    return LostRankError(
+        "a data-loading process of this rank died, for example because the system killed it for memory; go on from the"
+        " last checkpoint, with fewer --num-workers if it happens again"
+    )
 
 
 def _until_exhausted(loader: DataLoader[Batch], length: int, consumed_samples: int, *, ends: bool) -> Iterator[Batch]:
     try:
-        yield from loader
+        yield from _start(loader)
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        if not is_lost_process(error):
             raise
-        raise LostRankError(
-            "a data-loading process of this rank died, as one does that the system kills for memory; go on from the"
-            " last checkpoint, with fewer --num-workers if it comes again"
-        ) from error
+        raise lost_process() from error
     if not ends:
         raise _exhausted(length, consumed_samples, None)
 
