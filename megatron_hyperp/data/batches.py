@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import multiprocessing
+import re
 import signal
 import weakref
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
 import torch
@@ -103,16 +105,17 @@ def _leave_signals_to_the_rank(_: int) -> None:
 _processes: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
 
 
-def _start(loader: DataLoader[Batch]) -> Iterator[Batch]:
-    """Start a loader's processes, if it has any; they end with this process, however it ends.
+def _start(loader: DataLoader[Batch]) -> tuple[Iterator[Batch], set[BaseProcess]]:
+    """Start a loader's processes, if it has any; they die with this process, however it dies.
 
-    One that outlived its rank would hold the rank's output, and its connections, which tell other ranks of its death.
+    One that outlived its rank would keep open the rank's output and its connections, whose end tells the other ranks.
     """
     others = set(multiprocessing.active_children())
     with bound_children():
         iterator = iter(loader)
-    _processes.update(set(multiprocessing.active_children()) - others)
-    return iterator
+    started = set(multiprocessing.active_children()) - others
+    _processes.update(started)
+    return iterator, started
 
 
 @atexit.register
@@ -132,21 +135,37 @@ def is_lost_process(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
 
 
-def lost_process() -> LostRankError:
-    """Return the error that ends a rank whose loading process died."""
+def lost_process(error: BaseException) -> LostRankError:
+    """Return the error that ends a rank whose loading process died.
+
+    Args:
+        error: that told.
+    """
+    found = re.search(r"killed by signal: [A-Za-z ]+", str(error))
+    reason = f" ({found[0]})" if found else ""
     return LostRankError(
-        "a data-loading process of this rank died, for example because the system killed it for memory; go on from the"
-        " last checkpoint, with fewer --num-workers if it happens again"
+        f"a data-loading process of this rank died{reason}, as when memory or shared memory (/dev/shm) is full; go on"
+        " from the last checkpoint, with fewer --num-workers or more memory if it happens again"
     )
 
 
-def _until_exhausted(loader: DataLoader[Batch], length: int, consumed_samples: int, *, ends: bool) -> Iterator[Batch]:
+def _has_died(processes: Collection[BaseProcess]) -> bool:
+    """Whether one of these processes has ended, or ends within a second."""
     try:
-        yield from _start(loader)
+        return bool(processes and wait([process.sentinel for process in processes], timeout=1.0))
     except RuntimeError as error:
-        if not is_lost_process(error):
-            raise
-        raise lost_process() from error
+        return is_lost_process(error)
+
+
+def _until_exhausted(loader: DataLoader[Batch], length: int, consumed_samples: int, *, ends: bool) -> Iterator[Batch]:
+    batches, processes = _start(loader)
+    try:
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        # A batch that is in the queue already is fetched from the process that made it, over a socket.
+        if is_lost_process(error) or _has_died(processes):
+            raise lost_process(error) from error
+        raise
     if not ends:
         raise _exhausted(length, consumed_samples, None)
 

@@ -69,10 +69,12 @@ def _pretrain(config: Config, tokenizer: Any, resume_from: Path | None) -> int:
             trainer.train()
         except KeyboardInterrupt as error:
             done = trainer.progress.iteration
-            raise KeyboardInterrupt(f"after iteration {done}, without a save (SIGTERM and SIGUSR1 save first)") from error
+            raise KeyboardInterrupt(
+                f"after iteration {done}, without a save (SIGTERM and SIGUSR1 save first)"
+            ) from error
         except BaseException as error:  # what saving raises is no Exception
             if is_lost_process(error):
-                raise lost_process() from error
+                raise lost_process(error) from error
             if message := trainer.heartbeats.explain(error):
                 raise LostRankError(message) from error
             raise
