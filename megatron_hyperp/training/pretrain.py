@@ -34,8 +34,8 @@ def pretrain(config: Config, *, world_size: int) -> int:
 
     Raises:
         UsageError: bad input, before training starts; or gradients that stay non-finite.
-        LostRankError: a collective of the training failed, because another rank died or hangs; or a data-loading process
-            died.
+        LostRankError: a collective of the training failed, because another rank died or hangs; or a process that loads
+            data died.
     """
     config, tokenizer, resume_from = check(config, world_size)
     device.adapt_megatron()

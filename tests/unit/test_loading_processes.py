@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -43,19 +44,22 @@ class Samples(SampleDataset):
         return {"tokens": torch.full((4,), index)}
 
 
-def test_a_process_that_dies_with_batches_in_the_queue_is_reported() -> None:
-    """Their memory is then fetched from a process that no longer exists, which is an error of its socket."""
-    loader = batches(Samples(), micro_batch_size=1, num_workers=2)
-    next(loader)
-    # Without PyTorch's handler, which would raise its own error at any line of this test.
-    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    time.sleep(0.5)
-    for child in multiprocessing.active_children():
-        child.kill()
-        child.join()
-    with pytest.raises(LostRankError, match="a data-loading process of this rank died, "):
-        list(loader)
-    signal.signal(signal.SIGCHLD, handler)
+def _broken() -> Iterator[Batch]:
+    raise ConnectionResetError("Connection reset by peer")
+    yield
+
+
+@pytest.mark.parametrize(("seconds", "error"), [(0.3, LostRankError), (60.0, ConnectionResetError)])
+def test_a_socket_that_closes_before_its_process_has_ended(
+    seconds: float, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch in the queue is fetched over a socket from its process, which may be about to end."""
+    process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(seconds,), daemon=True)
+    process.start()
+    monkeypatch.setattr("megatron_hyperp.data.batches._start", lambda _: (_broken(), {process}))
+    with pytest.raises(error):
+        next(batches(Samples(), micro_batch_size=1, num_workers=1))
+    process.kill()
 
 
 def test_an_error_in_a_process_keeps_its_message() -> None:
