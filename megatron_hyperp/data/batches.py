@@ -86,6 +86,8 @@ def batches(
         ),
         collate_fn=_collate,
         num_workers=num_workers,
+        # Whatever this process was started by, or the Python version prefers: the kernel then ends them with this one.
+        multiprocessing_context="fork" if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_rank,
         # Without one of its own a loader draws a seed from the global generator, and every evaluation would change the
