@@ -1,6 +1,7 @@
 # make test    set up and run the tests          make check       lint, types and tests, as CI does
 # make lint    ruff and mypy                      make test-slow   the tests that CI has no time for
-# make test-faults   kill, stop, damage and contradict trainings, more than 200 times; prints the count
+# make test-faults   kill, stop, damage and contradict trainings, more than 600 times; prints the count
+#                    (FAULT_WORKERS=1: with one data-loading process per rank alone, instead of with 0, 1 and 2)
 # make test-fuzz   hypothesis on every reader of untrusted input (FUZZ_EXAMPLES=20000 for each target)
 # make audit   known vulnerabilities of constraints.txt, by pip-audit; needs a network
 # make test-gpu    the tests that need a GPU, with the python that is found first (TEST_PYTHON=...), not with .venv
@@ -43,8 +44,9 @@ audit:
 	$(VENV)-audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 # Some tests mount disks of a few MB, which needs root; without it they are skipped, and the table says less.
+FAULT_WORKERS ?= 0 1 2
 test-faults: setup
-	$(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "slow or not slow" tests/faults
+	FAULT_WORKERS="$(FAULT_WORKERS)" $(VENV)/bin/python -m pytest -n 2 --dist worksteal -m "slow or not slow" tests/faults
 
 # Measured figures are printed: -s. A GPU machine brings its own PyTorch, TransformerEngine and apex.
 test-gpu:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
+import signal
 import stat
 import sys
+import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -18,6 +20,8 @@ _LONGEST_MESSAGE = 4000
 EXIT_STOPPED = 75
 # A collective failed because another rank died or hung; nothing was saved. EX_PROTOCOL of sysexits.h.
 EXIT_LOST_RANK = 76
+# SIGINT, from the keyboard or from another process: 128 + its number, as shells report it.
+EXIT_INTERRUPTED = 130
 
 # A launcher ends all ranks when the first one fails: those that leave an error to rank 0 give it this time to print it.
 SECONDS_FOR_RANK_0 = 10.0
@@ -46,20 +50,31 @@ class LostRankError(RuntimeError):
 
 
 def leave_at_once(code: int) -> NoReturn:
-    """Exit without handlers, and without leaving processes behind that they would have ended (they hold its pipes)."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    sys.stdout.flush()
-    os._exit(code)
+    """Exit without handlers; child processes, which hold this one's pipes and sockets, are killed."""
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            # The reader of a pipe may be gone, or the disk full.
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        if threading.current_thread() is threading.main_thread():
+            # PyTorch's handler raises an exception when a data-loading process ends.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for child in multiprocessing.active_children():
+            child.kill()
+    finally:
+        os._exit(code)
 
 
 def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> None:
-    """Run a command line's ``main(argv)`` and exit: 0, its own code, 2 after a :class:`UsageError`, or 76.
+    """Run a command line's ``main(argv)`` and exit: 0, its own code, 2 after a :class:`UsageError`, 76, or 130.
 
     What it writes follows the umask, but is never writable to the whole machine: a checkpoint or an index that anyone
     may replace is one that nobody can trust.
     ``--debug`` anywhere in ``argv`` (it is taken out) shows the traceback of a usage error as well.
     Other exceptions are bugs or failures of the machine and keep their traceback.
+
+    After an exception, a rank of several and a process with child processes exit at once: the destructor of a process
+    group may wait for other ranks, and :mod:`multiprocessing` waits at exit for children that nothing ends.
     """
     os.umask(os.umask(0o077) | stat.S_IWOTH)
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -67,25 +82,35 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
     argv = [argument for argument in argv if argument != "--debug"]
     try:
         code = main(argv)
-    except UsageError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank == "0" or not error.same_on_all_ranks:
-            if debug:
-                traceback.print_exc()
-            who = "" if rank == "0" else f"[rank {rank}] "
-            print(f"{who}error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(SECONDS_FOR_RANK_0)
-        if "RANK" in os.environ:
-            # A rank that fails alone must not wait in a process-group destructor for the others.
-            leave_at_once(EXIT_USAGE)
-        sys.exit(EXIT_USAGE)
-    except LostRankError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"[rank {os.environ.get('RANK', '0')}] error: {error}", file=sys.stderr, flush=True)
-        leave_at_once(EXIT_LOST_RANK)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    except BaseException as error:
+        found = _report(error, debug=debug)
+        if isinstance(error, LostRankError) or "RANK" in os.environ or multiprocessing.active_children():
+            leave_at_once(found)
+        sys.exit(found)
     sys.exit(code or 0)
+
+
+def _report(error: BaseException, *, debug: bool) -> int:
+    """Print why the command ends; return its exit code."""
+    # As it is written: what is wrong may be this variable.
+    rank = os.environ.get("RANK", "0")
+    who = f"[rank {rank}] " if "RANK" in os.environ else ""
+    if isinstance(error, SystemExit):
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr, flush=True)
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{who}interrupted{''.join(f': {word}' for word in error.args)}", file=sys.stderr, flush=True)
+        return EXIT_INTERRUPTED
+    if isinstance(error, UsageError) and error.same_on_all_ranks and rank != "0":
+        time.sleep(SECONDS_FOR_RANK_0)
+        return EXIT_USAGE
+    if debug or not isinstance(error, UsageError | LostRankError):
+        sys.excepthook(type(error), error, error.__traceback__)
+    if isinstance(error, UsageError):
+        print(f"{who if rank != '0' else ''}error: {error}", file=sys.stderr, flush=True)
+        return EXIT_USAGE
+    if isinstance(error, LostRankError):
+        print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
+        return EXIT_LOST_RANK
+    return 1

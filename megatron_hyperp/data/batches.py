@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
+import re
 import signal
-from collections.abc import Iterator
+import weakref
+from collections.abc import Collection, Iterator
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from megatron_hyperp.errors import LostRankError, UsageError
+from megatron_hyperp.processes import bound_children
 
 Batch = dict[str, torch.Tensor]
 SampleDataset = Dataset[Batch]
@@ -79,6 +86,8 @@ def batches(
         ),
         collate_fn=_collate,
         num_workers=num_workers,
+        # Whatever this process was started by, or the Python version prefers: the kernel then ends them with this one.
+        multiprocessing_context="fork" if num_workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_leave_signals_to_the_rank,
         # Without one of its own a loader draws a seed from the global generator, and every evaluation would change the
@@ -89,22 +98,76 @@ def batches(
 
 
 def _leave_signals_to_the_rank(_: int) -> None:
-    """Let a data-loading process live on when its rank is asked to stop: launchers signal a rank's children, too."""
-    signal.set_wakeup_fd(-1)
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """Ignore what asks a rank to stop: launchers and terminals signal a rank's children, too."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
 
-def _until_exhausted(loader: DataLoader[Batch], length: int, consumed_samples: int, *, ends: bool) -> Iterator[Batch]:
+# Loading processes of this one.
+_processes: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+
+
+def _start(loader: DataLoader[Batch]) -> tuple[Iterator[Batch], set[BaseProcess]]:
+    """Start a loader's processes, if it has any; they die with this process, however it dies.
+
+    One that outlived its rank would keep open the rank's output and its connections, whose end tells the other ranks.
+    """
+    others = set(multiprocessing.active_children())
+    with bound_children():
+        iterator = iter(loader)
+    started = set(multiprocessing.active_children()) - others
+    _processes.update(started)
+    return iterator, started
+
+
+@atexit.register
+def _kill_processes() -> None:
+    """Kill loading processes that an exception's traceback still refers to.
+
+    At exit multiprocessing, whose handler runs after this one, sends them SIGTERM, which they ignore, and waits.
+    """
+    # PyTorch's handler raises an exception when a loading process ends.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in set(multiprocessing.active_children()) & set(_processes):
+        process.kill()
+
+
+def is_lost_process(error: BaseException) -> bool:
+    """Whether an error says that a loading process died; PyTorch may raise it anywhere in the main thread."""
+    return isinstance(error, RuntimeError) and "DataLoader worker (pid" in str(error)
+
+
+def lost_process(error: BaseException) -> LostRankError:
+    """Return the error that ends a rank whose loading process died.
+
+    Args:
+        error: that told.
+    """
+    found = re.search(r"killed by signal: [A-Za-z ]+", str(error))
+    reason = f" ({found[0]})" if found else ""
+    return LostRankError(
+        f"a data-loading process of this rank died{reason}, as when memory or shared memory (/dev/shm) is full; go on"
+        " from the last checkpoint, with fewer --num-workers or more memory if it happens again"
+    )
+
+
+def _has_died(processes: Collection[BaseProcess]) -> bool:
+    """Whether one of these processes has ended, or ends within a second."""
     try:
-        yield from loader
+        return bool(processes and wait([process.sentinel for process in processes], timeout=1.0))
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise LostRankError(
-            "a data-loading process of this rank died, as one does that the system kills for memory; go on from the"
-            " last checkpoint, with fewer --num-workers if it comes again"
-        ) from error
+        return is_lost_process(error)
+
+
+def _until_exhausted(loader: DataLoader[Batch], length: int, consumed_samples: int, *, ends: bool) -> Iterator[Batch]:
+    batches, processes = _start(loader)
+    try:
+        yield from batches
+    except (RuntimeError, OSError, EOFError) as error:
+        # A batch that is in the queue already is fetched from the process that made it, over a socket.
+        if is_lost_process(error) or _has_died(processes):
+            raise lost_process(error) from error
+        raise
     if not ends:
         raise _exhausted(length, consumed_samples, None)
 

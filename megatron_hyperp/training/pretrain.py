@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_hyperp import device
 from megatron_hyperp.config import Config
+from megatron_hyperp.data.batches import is_lost_process, lost_process
 from megatron_hyperp.errors import EXIT_STOPPED, LostRankError, UsageError
 from megatron_hyperp.training import heartbeats, run_lock
 from megatron_hyperp.training.agreement import agree
@@ -33,7 +34,8 @@ def pretrain(config: Config, *, world_size: int) -> int:
 
     Raises:
         UsageError: bad input, before training starts; or gradients that stay non-finite.
-        LostRankError: a collective of the training failed, because another rank died or hangs.
+        LostRankError: a collective of the training failed, because another rank died or hangs; or a process that loads
+            data died.
     """
     config, tokenizer, resume_from = check(config, world_size)
     device.adapt_megatron()
@@ -65,7 +67,14 @@ def _pretrain(config: Config, tokenizer: Any, resume_from: Path | None) -> int:
     with trainer.stop_requests.listening(), trainer.heartbeats.beating(), launcher_reports() as trainer.report_alive:
         try:
             trainer.train()
+        except KeyboardInterrupt as error:
+            done = trainer.progress.iteration
+            raise KeyboardInterrupt(
+                f"after iteration {done}, without a save (SIGTERM and SIGUSR1 save first)"
+            ) from error
         except BaseException as error:  # what saving raises is no Exception
+            if is_lost_process(error):
+                raise lost_process(error) from error
             if message := trainer.heartbeats.explain(error):
                 raise LostRankError(message) from error
             raise

@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from megatron_hyperp import __version__, checksums
 from megatron_hyperp.config import Config
+from megatron_hyperp.data.batches import is_lost_process
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.files import flush, write_atomically
 from megatron_hyperp.processes import bound_children, serve_parent_alone
@@ -161,14 +162,14 @@ class Saver:
 
     @contextmanager
     def _failures_told(self) -> Iterator[None]:
-        """Say in one line why a checkpoint could not be written; the loss of a rank is told elsewhere."""
+        """Say in one line why a checkpoint could not be written; the loss of a process is reported elsewhere."""
         from torch.distributed.checkpoint.api import CheckpointException
 
         try:
             yield
         # Torch's is no Exception; all ranks get it alike, with the reasons by rank.
         except (OSError, RuntimeError, CheckpointException) as error:
-            if isinstance(error, RuntimeError) and explain(error, ""):
+            if is_lost_process(error) or (isinstance(error, RuntimeError) and explain(error, "")):
                 raise
             reason = first_failure(error)
             told = getattr(reason, "strerror", None) or first_line(reason)

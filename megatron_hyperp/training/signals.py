@@ -7,6 +7,7 @@ gradient norm, which every step waits for anyway; benchmarks/signals_cost measur
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import sys
@@ -19,6 +20,8 @@ from typing import Any
 from megatron_hyperp.errors import leave_at_once
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Those of which a second one ends the process at once: also SIGINT, of which the first one raises KeyboardInterrupt.
+_WATCHED = (*SIGNALS, signal.SIGINT)
 # A launcher that is signalled beside its workers passes the signal on to them: they get one request twice.
 SECONDS_OF_ONE_REQUEST = 3.0
 
@@ -38,13 +41,14 @@ class StopRequests:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Note SIGTERM and SIGUSR1 in place of dying; the main thread alone may call this.
+        """Note SIGTERM and SIGUSR1 instead of dying; only the main thread may call this.
 
         A signal later than ``SECONDS_OF_ONE_REQUEST`` after the first ends this process at once, with exit code
-        128 + its number, even while the main thread waits in a collective.
+        128 + its number, even while the main thread waits in a collective; so does a second SIGINT.
         """
         reader, writer = socket.socketpair()
         writer.setblocking(False)
+        _sockets.update((reader, writer))
         # Python runs a handler only between two of its own instructions, and a collective may never end. What it writes
         # into this socket it writes at once.
         descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
@@ -57,15 +61,18 @@ class StopRequests:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             signal.set_wakeup_fd(descriptor)
-            writer.close()
+            # Closing alone would not end the listener: a child process may hold a duplicate of the descriptor.
+            writer.shutdown(socket.SHUT_WR)
             listener.join()
-            reader.close()
+            for each in (reader, writer):
+                each.close()
+                _sockets.discard(each)
 
     def _listen(self, reader: socket.socket) -> None:
         while numbers := reader.recv(64):
             for number in numbers:
-                # Other signals with a handler come by here, too.
-                if number in SIGNALS and self.note(number, time.monotonic()):
+                # Other signals that have a handler are written to the socket, too.
+                if number in _WATCHED and self.note(number, time.monotonic()):
                     print(f"a second signal, {signal.Signals(number).name}: ends at once", file=sys.stderr, flush=True)
                     leave_at_once(128 + number)
 
@@ -94,3 +101,19 @@ class StopRequests:
 
 
 def _nothing(*_: Any) -> None: ...
+
+
+# Of this process's listeners.
+_sockets: set[socket.socket] = set()
+
+
+def _close_inherited() -> None:
+    """In a forked child: a signal to the child must not count as one to its parent."""
+    if _sockets:
+        signal.set_wakeup_fd(-1)
+    for each in _sockets:
+        each.close()
+    _sockets.clear()
+
+
+os.register_at_fork(after_in_child=_close_inherited)

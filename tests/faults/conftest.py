@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import pytest
 from tests.faults.job import Job
 from tests.faults.ledger import KEY, Fault, entry, table
 from tests.faults.planting import Lines
-from tests.functional.launch import write_config
+from tests.faults.seeds import worker_counts
+from tests.functional.launch import assert_same_run, write_config
 from tests.toy import EXPERTS, toy_config, write_corpus
 
 ITERATIONS, HALF = 24, 12
@@ -27,37 +29,68 @@ LAYOUTS: dict[str, tuple[Any, ...]] = {
 
 @dataclass
 class Undisturbed:
-    """A run that nothing happened to, and the same run half way.
+    """A run that nothing happened to, and the same run half way, for jobs with so many data-loading processes per rank.
 
     Attributes:
         config: its config file.
-        flags: of its layout.
-        straight: its folder.
+        flags: of its layout, and ``--num-workers``.
+        straight: its folder; made without data-loading processes, whose number must not change a bit.
         half: working folder of the run that has stopped at ``HALF``.
-        lines: executed by each rank from the beginning to the end, by place.
-        resumed_lines: the same from the half to the end.
     """
 
     config: Path
     flags: tuple[Any, ...]
     straight: Path
     half: Path
-    lines: list[dict[str, int]]
-    resumed_lines: list[dict[str, int]]
+
+    @cached_property
+    def lines(self) -> list[dict[str, int]]:
+        """Lines executed by each rank from the beginning to the end, by place."""
+        return self._count("lines", None)
+
+    @cached_property
+    def resumed_lines(self) -> list[dict[str, int]]:
+        """The same from the half to the end."""
+        return self._count("resumed_lines", self.half)
+
+    def _count(self, name: str, begun: Path | None) -> list[dict[str, int]]:
+        folder = self.config.parent / f"{name}_{self.flags[-1]}"
+        if begun is not None:
+            shutil.copytree(begun, folder)
+        job, files = Job(folder, self.config, self.flags), [self.config.parent / f"{folder.name}.{i}" for i in range(2)]
+        ending = job.run({rank: Lines(file) for rank, file in enumerate(files)})
+        assert ending.codes == [0, 0], ending.errors
+        assert_same_run(job.folder, self.straight)
+        return [_counts(file) for file in files]
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Undisturbed]:
-    """Return a function that runs a layout, once."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Undisturbed]:
+    """Return a function that runs a layout, once, for a number of data-loading processes per rank."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    done: dict[str, Undisturbed] = {}
 
-    def of(layout: str) -> Undisturbed:
-        if layout not in done:
-            done[layout] = _run(folder / str(len(done)), layout)
-        return done[layout]
+    @cache
+    def layout(name: str) -> Undisturbed:
+        return _run(folder / str(list(LAYOUTS).index(name)), name)
+
+    @cache
+    def of(name: str, workers: int) -> Undisturbed:
+        run = layout(name)
+        return replace(run, flags=(*run.flags, "--num-workers", workers))
 
     return of
+
+
+@pytest.fixture
+def undisturbed(runs: Callable[[str, int], Undisturbed], workers: int) -> Callable[[str], Undisturbed]:
+    """Return a function that runs a layout, once; jobs with its flags have ``workers`` data-loading processes."""
+    return lambda name: runs(name, workers)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Try each fault with each number of data-loading processes per rank that ``FAULT_WORKERS`` names."""
+    if "workers" in metafunc.fixturenames:
+        metafunc.parametrize("workers", worker_counts(metafunc.definition.name), ids=lambda count: f"{count}workers")
 
 
 def _run(folder: Path, layout: str) -> Undisturbed:
@@ -76,15 +109,10 @@ def _run(folder: Path, layout: str) -> Undisturbed:
     )
     config, flags = write_config(toy, folder / "toy.yaml"), LAYOUTS[layout]
     straight, half = Job(folder / "straight", config, flags), Job(folder / "half", config, flags)
-    ending = straight.run({rank: Lines(folder / f"lines{rank}") for rank in range(2)})
-    assert ending.codes == [0, 0], ending.errors
-    ending = Job(half.place, config, (*flags, "--exit-interval", HALF)).run()
-    assert ending.codes == [0, 0], ending.errors
-    rest = Job(shutil.copytree(half.place, folder / "rest"), config, flags)
-    ending = rest.run({rank: Lines(folder / f"resumed_lines{rank}") for rank in range(2)})
-    assert ending.codes == [0, 0], ending.errors
-    counts = [[_counts(folder / f"{name}{rank}") for rank in range(2)] for name in ("lines", "resumed_lines")]
-    return Undisturbed(config, flags, straight.folder, half.place, *counts)
+    for job, last in ((straight, ()), (half, ("--exit-interval", HALF))):
+        ending = replace(job, flags=(*flags, *last)).run()
+        assert ending.codes == [0, 0], ending.errors
+    return Undisturbed(config, flags, straight.folder, half.place)
 
 
 def _counts(file: Path) -> dict[str, int]:

@@ -20,9 +20,13 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_hyperp import checksums
+from megatron_hyperp.errors import EXIT_STOPPED, EXIT_USAGE
 from megatron_hyperp.training.checkpointing import candidates, complete_checkpoints, iteration_of
 from megatron_hyperp.training.logging import METRICS_FILE, read_events, read_metrics
+from tests.faults.planting import STRUCK
 from tests.functional.launch import ROOT, assert_same_run
 from tests.run_distributed import free_port, torchrun_environment
 
@@ -44,11 +48,15 @@ class Ending:
         codes: exit codes by rank; negative: the signal.
         errors: what each wrote to its standard error.
         hung: ranks that had to be killed.
+        seconds: from the fault, or the first failure of a rank where the fault's time is unknown, to the last end.
+        left: process IDs of children that have outlived their ranks.
     """
 
     codes: list[int]
     errors: list[str]
     hung: list[int] = field(default_factory=list)
+    seconds: float = 0.0
+    left: list[int] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """Return the error lines of all ranks."""
@@ -65,7 +73,10 @@ def context() -> Any:
 
 
 def _rank(rank: int, ranks: int, port: int, words: Sequence[str], place: Path, log: Path, plant: Plant | None) -> None:
-    os.environ |= torchrun_environment(rank, ranks, port) | {"WANDB_MODE": "offline"}
+    os.environ |= torchrun_environment(rank, ranks, port) | {
+        "WANDB_MODE": "offline",
+        STRUCK: str(log.with_suffix(".struck")),
+    }
     for number, suffix in ((1, ".out"), (2, ".err")):
         descriptor = os.open(log.with_suffix(suffix), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
         os.dup2(descriptor, number)
@@ -116,6 +127,8 @@ class Job:
         port = free_port()
         self.place.mkdir(exist_ok=True)
         logs = [(self.logs or self.place) / f"rank{rank}" for rank in range(self.ranks)]
+        for log in logs:
+            log.with_suffix(".struck").unlink(missing_ok=True)
         processes = [
             context().Process(
                 target=_rank,
@@ -133,7 +146,7 @@ class Job:
         ]
         for process in processes:
             process.start()
-        return Started(processes, logs)
+        return Started(processes, logs, self.place)
 
     def run(
         self,
@@ -176,6 +189,7 @@ class Job:
         before, had = self.rows(), [event for event in read_events(self.folder) if event["kind"] == "resumed"]
         ending = self.run()
         assert ending.codes == [0] * self.ranks, "\n".join(ending.errors)
+        assert not ending.left
         assert_same_run(self.folder, straight)
         resumed = [event for event in read_events(self.folder) if event["kind"] == "resumed"][len(had) :]
         return before - (resumed[0]["iteration"] if resumed else 0)
@@ -192,25 +206,34 @@ class Started:
     Attributes:
         processes: of the ranks.
         logs: files of their output, without suffix.
+        place: working folder of the ranks.
     """
 
     processes: list[BaseProcess]
     logs: list[Path]
+    place: Path
 
-    def wait(self, *, stopped: Sequence[int] = ()) -> Ending:
+    def wait(self, *, stopped: Sequence[int] = (), since: float | None = None) -> Ending:
         """Wait until all ranks have ended; once one has failed the others have ``SECONDS_TO_END``.
 
         Args:
             stopped: ranks that cannot end, and are killed when the others have, as a launcher does.
+            since: when the fault struck, by ``time.monotonic()``, where no plant notes it.
         """
         deadline, failed = time.monotonic() + SECONDS_TO_FINISH, False
         awaited = [process for rank, process in enumerate(self.processes) if rank not in stopped]
         while any(process.is_alive() for process in awaited):
             if not failed and any(process.exitcode for process in self.processes):
                 deadline, failed = time.monotonic() + SECONDS_TO_END, True
+                since = time.monotonic() if since is None else since
             if time.monotonic() > deadline:
                 break
             time.sleep(0.02)
+        ended = time.monotonic()
+        struck = [
+            float(log.with_suffix(".struck").read_text()) for log in self.logs if log.with_suffix(".struck").exists()
+        ]
+        seconds = ended - min([ended if since is None else since, *struck])
         alive = [rank for rank, process in enumerate(self.processes) if process.is_alive()]
         for rank in alive:
             with suppress(ProcessLookupError):
@@ -219,7 +242,22 @@ class Started:
             process.join()
         hung = [rank for rank in alive if rank not in stopped]
         codes = [process.exitcode if process.exitcode is not None else 1 for process in self.processes]
-        return Ending(codes, [log.with_suffix(".err").read_text(errors="replace") for log in self.logs], hung)
+        errors = [log.with_suffix(".err").read_text(errors="replace") for log in self.logs]
+        return Ending(codes, errors, hung, seconds, self._left())
+
+    def _left(self) -> list[int]:
+        """Kill what is left of the job after two seconds; return its process IDs."""
+        deadline = time.monotonic() + 2.0
+        while left := [each for each in psutil.process_iter(["cwd", "status"]) if self._is_ours(each)]:
+            if time.monotonic() > deadline:
+                for each in left:
+                    each.kill()
+                return [each.pid for each in left]
+            time.sleep(0.05)
+        return []
+
+    def _is_ours(self, process: psutil.Process) -> bool:
+        return process.info["cwd"] == str(self.place) and process.info["status"] != psutil.STATUS_ZOMBIE
 
 
 def _bytes(folder: Path) -> int:
@@ -227,15 +265,21 @@ def _bytes(folder: Path) -> int:
 
 
 def assert_told(ending: Ending, *struck: int) -> None:
-    """See that no rank hung, and that each but those that were struck said in one line why it ended.
+    """See that no rank hung, that each but those that were struck said in one line why it ended, and nothing is left.
 
     Args:
         ending: of the job.
         struck: ranks that the fault itself ended.
     """
     assert not ending.hung, f"ranks {ending.hung} hung: {json.dumps(ending.errors)[-2000:]}"
+    assert ending.seconds <= SECONDS_TO_END, f"the last rank ended {ending.seconds:.0f} s after the fault"
+    assert not ending.left, f"processes {ending.left} have outlived their ranks"
     for rank, (code, text) in enumerate(zip(ending.codes, ending.errors, strict=True)):
         if rank not in struck:
             assert code in ENDS_WELL, f"rank {rank} left with {code}: {text[-3000:]}"
             assert "Traceback" not in text, text[-3000:]
-    assert ending.lines() or not any(ending.codes) or len(struck) == len(ending.codes), ending.errors
+            # Rank 0 alone prints what all ranks refuse.
+            told = "error: " in text or (code == EXIT_USAGE and "error: " in ending.errors[0])
+            assert told or code in (0, EXIT_STOPPED), (
+                f"rank {rank} left with {code} and without a message: {text[-3000:]}"
+            )

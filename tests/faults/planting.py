@@ -24,6 +24,14 @@ PLACES = {
     "loop": ("training/loop.py", "training/pretrain.py", "training/logging.py", "training/meter.py"),
 }
 
+# Environment variable: the file that holds the time of a rank's fault.
+STRUCK = "FAULT_STRUCK"
+
+
+def note_strike() -> None:
+    """Write down that the fault strikes now."""
+    Path(os.environ[STRUCK]).write_text(str(time.monotonic()))
+
 
 @dataclass(frozen=True)
 class AtLine:
@@ -49,6 +57,7 @@ class AtLine:
             nonlocal count
             count += place == self.place
             if place == self.place and count == last:
+                note_strike()
                 os.kill(os.getpid(), self.number)
 
         _on_lines(strike)
@@ -77,7 +86,7 @@ class Lines:
 
 
 def _on_lines(act: Callable[[str], None]) -> None:
-    """Have ``act`` called with the place of each line of ``PLACES`` that this thread executes."""
+    """Have ``act`` called with the place of each line of ``PLACES`` that this thread executes; not in its children."""
 
     def watching(place: str) -> Any:
         def line(frame: FrameType, event: str, argument: Any) -> Any:
@@ -92,6 +101,7 @@ def _on_lines(act: Callable[[str], None]) -> None:
         place = next((place for place, files in PLACES.items() if name.endswith(files)), None)
         return watching(place) if place else None
 
+    os.register_at_fork(after_in_child=lambda: sys.settrace(None))
     sys.settrace(enter)
 
 
@@ -146,6 +156,8 @@ class Planted:
         def train_batch(trainer: Any, batches: Any) -> Any:
             done[0] += 1
             due = done[0] == self.step
+            if due:
+                note_strike()
             if due and self.where == "weight":
                 _first(trainer).data.view(-1)[3] = self.value
             if due and self.where == "master":
@@ -169,6 +181,36 @@ class Planted:
         mask = batch["loss_mask"].clone()
         mask.view(-1)[5] = self.value
         return {**batch, "loss_mask": mask}
+
+
+@dataclass(frozen=True)
+class Raised:
+    """An exception in a step.
+
+    Attributes:
+        error: that is raised.
+        step: of this process in which, from 1.
+    """
+
+    error: BaseException
+    step: int
+
+    def __call__(self) -> None:
+        """Have the trainer's step raise it, after a batch was drawn."""
+        from megatron_hyperp.training import loop
+
+        done = [0]
+        original = loop.Trainer._train_batch
+
+        def train_batch(trainer: Any, batches: Any) -> Any:
+            done[0] += 1
+            if done[0] == self.step:
+                next(batches[0])
+                note_strike()
+                raise self.error
+            return original(trainer, batches)
+
+        loop.Trainer._train_batch = train_batch  # type: ignore[method-assign]
 
 
 @dataclass(frozen=True)
@@ -198,6 +240,7 @@ class Flipped:
             trainer.optimizer.exchange.finish_param_sync()
             content = _first(trainer).data.view(-1).view(torch.uint8)
             content[len(content) // 2] ^= 1
+            note_strike()
             self.proof.touch()
 
         def flipping(trainer: Any, *words: Any) -> Any:
@@ -243,6 +286,7 @@ class FailingCall:
         def failing(*words: Any, **named: Any) -> Any:
             left[0] -= 1
             if left[0] == 0:
+                note_strike()
                 self.proof.touch()
                 raise OSError(self.code, os.strerror(self.code))
             return original(*words, **named)

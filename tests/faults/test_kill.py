@@ -69,13 +69,12 @@ KILLS, TORCHRUN_ITERATIONS = 8, 300
 
 
 @pytest.mark.parametrize("seed", seeds(0, 4))
-def test_torchrun_starts_killed_ranks_again(seed: int, tmp_path: Path, record: Record) -> None:
+def test_torchrun_starts_killed_ranks_again(seed: int, workers: int, tmp_path: Path, record: Record) -> None:
     """Real workers of the launch script, killed some seconds after each start: imports and loading are among them."""
-    toy = toy_config(
-        write_corpus(tmp_path), tmp_path, num_layers=1, train_iters=TORCHRUN_ITERATIONS, save_interval=7, keep=2
-    )
+    iterations = {"train_iters": TORCHRUN_ITERATIONS, "save_interval": 7}
+    toy = toy_config(write_corpus(tmp_path), tmp_path, num_layers=1, keep=2, num_workers=workers, **iterations)
     config, straight, folder = write_config(toy, tmp_path / "toy.yaml"), tmp_path / "straight", tmp_path / "run"
-    train(config, "--run-dir", straight, ranks=2)
+    train(config, "--run-dir", straight, "--num-workers", 0, ranks=2)
     picked, killed = random.Random(seed), 0
     words = ["bash", "examples/torchrun/single_node.sh", str(config)]
     with launched(words, NPROC_PER_NODE=2, LAYOUT="none", RUN_DIR=folder, MAX_RESTARTS=KILLS) as launcher:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from tests.faults.conftest import LAYOUTS, Undisturbed
 from tests.faults.job import Job, assert_told
 from tests.faults.ledger import Fault
-from tests.faults.planting import AtLine, Clock
+from tests.faults.planting import AtLine, Clock, Raised
 from tests.faults.seeds import seeds
 from tests.functional.launch import assert_same_run
 
@@ -53,6 +54,31 @@ def test_a_signalled_rank(seed: int, undisturbed: Runs, tmp_path: Path, record: 
     steps = job.resumes(run.straight)
     assert steps == 0
     record(Fault(f"{number.name} to a rank", "bit for bit", steps))
+
+
+@pytest.mark.parametrize("seed", seeds(1, 2))
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        pytest.param(ValueError("a bug"), 1, "ValueError: a bug", id="error"),
+        pytest.param(SystemExit(7), 7, "", id="exit", marks=pytest.mark.slow),
+        pytest.param(KeyboardInterrupt(), 130, "interrupted: after iteration", id="interrupt", marks=pytest.mark.slow),
+    ],
+)
+def test_an_exception_in_a_step(
+    error: BaseException, code: int, message: str, seed: int, undisturbed: Runs, tmp_path: Path, record: Record
+) -> None:
+    """One that no code of this project raises: a bug, a library that exits, SIGINT to one rank."""
+    picked, run = random.Random(f"{error!r} {seed}"), undisturbed(list(LAYOUTS)[seed % len(LAYOUTS)])
+    job = Job(tmp_path / "job", run.config, run.flags)
+    rank = picked.randrange(2)
+    ending = job.run({rank: Raised(error, picked.randrange(2, 20))})
+    assert_told(ending, rank)
+    assert ending.codes[rank] == code
+    assert ending.codes[1 - rank] == 76
+    assert message in ending.errors[rank]
+    assert ("Traceback" in ending.errors[rank]) == (code == 1)
+    record(Fault(f"{type(error).__name__} in a step", "bit for bit", job.resumes(run.straight), job.lost_checkpoints()))
 
 
 OTHERS = {
@@ -122,9 +148,10 @@ def test_a_clock_that_jumps(rank: int, days: int, undisturbed: Runs, tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_data_loader_dies(rank: int, undisturbed: Runs, tmp_path: Path, record: Record) -> None:
+def test_a_data_loader_dies(rank: int, workers: int, undisturbed: Runs, tmp_path: Path, record: Record) -> None:
+    """One of several, or the only one; jobs without any get one."""
     run = undisturbed("dp2")
-    job = Job(tmp_path / "job", run.config, (*run.flags, "--num-workers", 1))
+    job = Job(tmp_path / "job", run.config, (*run.flags, "--num-workers", workers or 1))
     started = job.start()
     assert job.wait_for_rows(started, 4)
     loaders = [
@@ -132,12 +159,11 @@ def test_a_data_loader_dies(rank: int, undisturbed: Runs, tmp_path: Path, record
         for child in psutil.Process(started.processes[rank].pid).children()
         if "spawn" not in " ".join(child.cmdline()) and "resource_tracker" not in " ".join(child.cmdline())
     ]
-    for child in loaders:
-        child.kill()
-    assert loaders
-    ending = started.wait()
+    random.Random(rank).choice(loaders).kill()
+    ending = started.wait(since=time.monotonic())
     assert any(ending.codes), "the fault did not strike"
     assert_told(ending)
+    assert "a data-loading process of this rank died" in ending.errors[rank]
     record(Fault("data loader killed", "bit for bit", job.resumes(run.straight), job.lost_checkpoints()))
 
 
@@ -160,7 +186,7 @@ def test_the_process_that_writers_report_to_dies(
     assert helpers
     for helper in helpers:
         helper.kill()
-    ending = started.wait()
+    ending = started.wait(since=time.monotonic())
     # A writer that finds nobody to report to leaves a traceback of its own.
     assert not ending.hung
     assert any(ending.codes), "the fault did not strike"

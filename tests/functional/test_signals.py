@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_hyperp.errors import EXIT_LOST_RANK, EXIT_STOPPED
+from megatron_hyperp.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_STOPPED
 from megatron_hyperp.training.checkpointing import TRACKER
 from megatron_hyperp.training.logging import read_events
 from megatron_hyperp.training.signals import SECONDS_OF_ONE_REQUEST
@@ -83,6 +83,24 @@ def test_a_second_signal_ends_a_rank_that_waits_for_another(workspace: Path) -> 
         _, errors = launcher.communicate(timeout=100)
     assert "a second signal, SIGTERM: ends at once\n" in errors
     assert f"exitcode  : {128 + signal.SIGTERM} " in errors
+
+
+def test_an_interrupt_of_one_process_ends_it_with_one_line(workspace: Path) -> None:
+    """SIGINT to the process alone: the processes that load its data get nothing."""
+    folder = workspace / "interrupted"
+    words = command(workspace / "config.yaml", "--run-dir", folder, *saving(folder), "--num-workers", 2)
+    with launched(words) as process:
+        wait_for_rows(folder, 3, process)
+        loaders = psutil.Process(process.pid).children()
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+        assert not psutil.wait_procs(loaders, timeout=5)[1]
+    assert process.returncode == EXIT_INTERRUPTED
+    (line,) = [line for line in errors.splitlines() if "interrupted" in line]
+    assert re.fullmatch(r"interrupted: after iteration [0-9]+, without a save \(SIGTERM and SIGUSR1 save first\)", line)
+    assert "Traceback" not in errors
+    assert len(loaders) == 2
+    assert not (folder / "run.lock").exists()
 
 
 def test_the_clock_stops_a_run(workspace: Path) -> None:

@@ -106,6 +106,29 @@ def test_an_interrupt_is_no_traceback() -> None:
     assert (process.returncode, process.stderr) == (130, "interrupted\n")
 
 
+@pytest.mark.parametrize("rank", [None, 1])
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (ALONE, 2, "error: no good"),
+        ("ValueError('a bug')", 1, "ValueError: a bug"),
+        ("SystemExit(7)", 7, ""),
+        ("KeyboardInterrupt('after iteration 3')", 130, "interrupted: after iteration 3"),
+    ],
+)
+def test_a_child_process_does_not_delay_the_end(error: str, code: int, message: str, rank: int | None) -> None:
+    """Data-loading processes ignore the signal with which multiprocessing would end them."""
+    child = (
+        "import multiprocessing, signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);"
+        " multiprocessing.get_context('fork').Process(target=time.sleep, args=(10,), daemon=True).start()"
+    )
+    started = time.monotonic()
+    process = run(f"{child}; raise {error}", rank=rank)
+    assert time.monotonic() - started < 8
+    assert process.returncode == code
+    assert (process.stderr.splitlines() or [""])[-1].removeprefix("[rank 1] ") == message
+
+
 def test_bad_flags_of_the_example_end_in_one_line() -> None:
     process = subprocess.run(
         [sys.executable, ROOT / "examples" / "pretrain_gpt.py", "--hiden-size", "5"],
