@@ -143,6 +143,11 @@ class OptimizerConfig:
     lr_decay_style: Literal["linear", "cosine", "WSD", "constant"] = knob("linear", "shape of the decay")
     lr_warmup_iters: int = knob(0, "iterations of linear warm-up; the sphere needs none")
     lr_wsd_decay_iters: int | None = knob(None, "last iterations over which WSD decays [a fifth of them]", POSITIVE)
+    use_checkpoint_opt_param_scheduler: bool = knob(
+        False,
+        "resume with the checkpoint's schedule: its peak and smallest learning rate, warm-up, decay, length and weight"
+        " decay, whatever the flags or the law for another batch size say",
+    )
     weight_decay: float | None = knob(None, "weight decay lambda [hyperp, muonh: 0; muon: 0.1 d0/d; adamw: 0.1]")
     clip_grad: float = knob(1.0, "largest global gradient norm; 0 switches clipping off")
     muon_momentum: float = knob(0.95, "momentum mu of Muon", FRACTION)

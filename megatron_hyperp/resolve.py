@@ -382,12 +382,17 @@ def _resolve_schedule(config: Config) -> None:
             f" give {iterations - 1} at most"
         )
     if optimizer.lr_wsd_decay_iters is None:
-        optimizer.lr_wsd_decay_iters = min(max(1, iterations // 5), after_warmup)
+        optimizer.lr_wsd_decay_iters = default_wsd_decay(iterations, optimizer.lr_warmup_iters)
     if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters > after_warmup:
         raise UsageError(
             f"--lr-wsd-decay-iters {optimizer.lr_wsd_decay_iters} is more than the iterations after warm-up;"
             f" give {after_warmup} at most"
         )
+
+
+def default_wsd_decay(iterations: int, warmup: int) -> int:
+    """Return the iterations over which WSD decays: a fifth of them, or what the warm-up leaves."""
+    return min(max(1, iterations // 5), iterations - warmup)
 
 
 def _check_newton_schulz(config: Config) -> None:

@@ -6,7 +6,7 @@ import signal
 from collections.abc import Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from megatron_hyperp.errors import LostRankError, UsageError
 
@@ -86,6 +86,18 @@ def batches(
         generator=torch.Generator(),
     )
     return _until_exhausted(loader, length, consumed_samples, ends=num_batches is not None)
+
+
+def filled_up(dataset: SampleDataset, length: int) -> SampleDataset:
+    """Return a dataset of at least ``length`` samples: those of ``dataset``, then its first ones again.
+
+    The last batch of a run that has changed its batch size may exceed the samples that the run was planned with; a
+    dataset built for more of them could have another order.
+    """
+    held = len(dataset)  # type: ignore[arg-type]
+    if length <= held:
+        return dataset
+    return ConcatDataset([dataset, Subset(dataset, [number % held for number in range(length - held)])])
 
 
 def _leave_signals_to_the_rank(_: int) -> None:

@@ -251,19 +251,22 @@ class Console:
 
     Args:
         active: whether this rank prints.
-        total: iterations of the run.
         quiet: warnings and the summary alone.
     """
 
-    def __init__(self, *, active: bool, total: int = 0, quiet: bool = False) -> None:
+    def __init__(self, *, active: bool, quiet: bool = False) -> None:
         self._active = active
         self._quiet = quiet
-        self._total = total
+        self._total = self._total_tokens = 0
         self._progress: Any = None
         self._task: Any = None
         self._smoothed: float | None = None
         self._started = time.monotonic()
         self._first: int | None = None
+
+    def set_end(self, iteration: int, tokens: int) -> None:
+        """Set at which iteration, and after how many tokens, the run ends."""
+        self._total, self._total_tokens = iteration, tokens
 
     def start_bar(self, done: int) -> None:
         """Show a progress bar if this is a terminal."""
@@ -301,7 +304,7 @@ class Console:
             self._first, self._started = iteration, time.monotonic()
         pace = (time.monotonic() - self._started) / max(1, iteration - self._first)
         parts = [
-            f"iteration {iteration}/{self._total} ({100 * iteration / self._total:.0f}%)",
+            f"iteration {iteration}/{self._total} ({min(100, 100 * row['tokens'] / self._total_tokens):.0f}%)",
             f"loss {loss:.4f} (smoothed {self._smoothed:.4f})",
             f"lr {row['lr']:.3e}",
             f"grad {row['grad_norm']:.3f}",

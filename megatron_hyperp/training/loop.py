@@ -29,6 +29,7 @@ from megatron_hyperp.training.phases import Phases
 from megatron_hyperp.training.profiling import FOLDER, Profiler
 from megatron_hyperp.training.replicas import Replicas
 from megatron_hyperp.training.saving import Saved, Saver
+from megatron_hyperp.training.schedule import Schedule, plan_lines, samples_of
 from megatron_hyperp.training.setup import build, initialize_megatron
 from megatron_hyperp.training.signals import StopRequests
 
@@ -42,9 +43,12 @@ class Trainer:
         config: resolved config.
         tokenizer: of the data.
         resume_from: checkpoint folder, or None to start from scratch.
+        schedule: of a run that resumes; None for a new one, whose config it follows from.
     """
 
-    def __init__(self, config: Config, tokenizer: Any, resume_from: Path | None) -> None:
+    def __init__(
+        self, config: Config, tokenizer: Any, resume_from: Path | None, schedule: Schedule | None = None
+    ) -> None:
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
         from megatron_hyperp.model.build import build_balance
@@ -55,7 +59,7 @@ class Trainer:
         self.world_size = dist.get_world_size()
         self.rank = dist.get_rank()
         self.phases = Phases()
-        self.console = Console(active=self.rank == 0, total=config.training.train_iters, quiet=config.logging.quiet)
+        self.console = Console(active=self.rank == 0, quiet=config.logging.quiet)
         initialize_megatron(config)
         for line in describe(config, self.world_size):
             self.console.print(line)
@@ -65,21 +69,23 @@ class Trainer:
         self.chunks, self.optimizer = build(config, self.balance, self.scales, radii=self.radii, log=self.console.print)
         self.stability = Stability(config, self.chunks, self.optimizer, self.balance)
         self._time_communication()
+        self.schedule = schedule or Schedule.of(config)
         options, peak = config.optimizer, config.learning_rate().value
+        unit = self.schedule.unit(config.training.global_batch_size)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
             max_lr=peak,
             min_lr=options.min_lr,
-            lr_warmup_steps=options.lr_warmup_iters,
-            lr_decay_steps=config.training.train_iters,
+            lr_warmup_steps=self.schedule.warmup.samples // unit,
+            lr_decay_steps=self.schedule.total.samples // unit,
             lr_decay_style=options.lr_decay_style,
             start_wd=options.weight_decay,
             end_wd=options.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
             use_checkpoint_opt_param_scheduler=False,
-            wsd_decay_steps=options.lr_wsd_decay_iters,
+            wsd_decay_steps=self.schedule.wsd_decay.samples // unit,
             lr_wsd_decay_style="linear",
         )
         self.stop_requests = StopRequests(config.training.exit_duration_in_mins, self.phases.started)
@@ -99,11 +105,16 @@ class Trainer:
             self.progress, run_id = checkpointing.load_checkpoint(
                 config, resume_from, self.chunks, self.optimizer, self.balance, self.scales
             )
-            self.scheduler.step(self.progress.iteration)
+            # The rounding matters only where the length of sequences has changed.
+            self.progress.consumed_samples = samples_of(self.progress.consumed_tokens, config.model.seq_length)
+            self._set_learning_rate()
             done = "began with the weights of" if weights_only else "resumed from"
             self.console.print(f"{done} {resume_from} at iteration {self.progress.iteration}")
-            for line in [] if weights_only else changed_settings(resume_from, config):
-                self.console.print(f"note: {line}")
+            if not weights_only:
+                self._print_continuation(resume_from)
+        batch, consumed = config.training.global_batch_size, self.progress.consumed_samples
+        self.last_iteration = self.progress.iteration + self.schedule.iterations_left(consumed, batch)
+        self.console.set_end(self.last_iteration, self.schedule.total.samples * config.model.seq_length)
         self._build_data(tokenizer)
         continued = resume_from is not None and not weights_only and is_of_run(resume_from, config)
         self.writer = MetricsWriter(config, active=self.rank == 0, fresh=not continued, run_id=run_id)
@@ -118,6 +129,20 @@ class Trainer:
         self.profiler = Profiler(config, self.rank)
         self._losses: dict[int, float] = {}
 
+    def _print_continuation(self, folder: Path) -> None:
+        """Print what is left of the run, and what differs from the checkpoint's settings."""
+        progress = self.progress
+        for line in plan_lines(self.schedule, progress.consumed_samples, progress.iteration, self.config):
+            self.console.print(line)
+        for line in changed_settings(folder, self.config):
+            self.console.print(f"note: {line}")
+
+    def _set_learning_rate(self) -> None:
+        """Set learning rates and weight decay to those of the sequences trained so far."""
+        unit = self.schedule.unit(self.config.training.global_batch_size)
+        self.scheduler.num_steps = self.progress.consumed_samples / unit
+        self.scheduler.step(0)
+
     def _time_communication(self) -> None:
         """Count gradients on their way to owners, and weights on their way back, as a phase of their own."""
         around, exchange = partial(self.phases.around, "communication"), self.optimizer.exchange
@@ -131,13 +156,13 @@ class Trainer:
     def _build_data(self, tokenizer: Any) -> None:
         data, training = self.config.data, self.config.training
         evaluation = training.eval_iters if training.eval_interval else 0
-        self.train_set, self.valid_set, _ = build_datasets(
+        train_set, self.valid_set, _ = build_datasets(
             data_path=data.data_path,
             split=data.split,
             seq_length=self.config.model.seq_length,
             seed=training.seed,
             num_samples=(
-                training.train_iters * training.global_batch_size,
+                self.schedule.total.samples,
                 evaluation * training.global_batch_size,
                 0,
             ),
@@ -145,6 +170,9 @@ class Trainer:
             cache_path=data.data_cache_path,
             eod_mask_loss=data.eod_mask_loss,
         )
+        assert train_set is not None
+        left = self.last_iteration - self.progress.iteration
+        self.train_set = micro.filled_up(train_set, self.progress.consumed_samples + left * training.global_batch_size)
 
     def _batches(self, dataset: Any, consumed_samples: int) -> list[Batches]:
         """Return one iterator per pipeline chunk: the interleaved schedule draws from each on its own."""
@@ -168,8 +196,11 @@ class Trainer:
     def train(self) -> Progress:
         """Run to the last iteration, to ``--exit-interval``, or until asked to stop; save there."""
         config, training = self.config, self.config.training
-        if self.progress.iteration >= training.train_iters:
-            self.console.print(f"nothing to do: iteration {self.progress.iteration} of {training.train_iters} is done")
+        if self.progress.iteration >= self.last_iteration:
+            self.console.print(
+                f"nothing to do: all {self.schedule.total.samples:,} sequences of the run are done, at iteration"
+                f" {self.progress.iteration}"
+            )
             return self.progress
         batches = self._batches(self.train_set, self.progress.consumed_samples)
         self.replicas.check(self.progress.iteration, f"at the start, at iteration {self.progress.iteration}")
@@ -177,7 +208,7 @@ class Trainer:
             self.evaluate()
         self.console.start_bar(self.progress.iteration)
         meter = Meter(self)
-        while self.progress.iteration < training.train_iters:
+        while self.progress.iteration < self.last_iteration:
             lr, watched = self._base_lr(), self.stability.due(self.progress.iteration + 1)
             self.profiler.before(self.progress.iteration + 1)
             with self.stability.watch() if watched else nullcontext():
@@ -187,13 +218,13 @@ class Trainer:
                 with self.phases.phase("optimizer"):
                     taken, grad_norm, _ = self.optimizer.step()
             self._watch_skips(taken)
-            self.scheduler.step(1)
             self.progress.iteration += 1
             self.progress.consumed_samples += training.global_batch_size
             self.progress.consumed_tokens += config.batch_tokens
+            self._set_learning_rate()
             self.report_alive()
             meter.add(losses, lr, grad_norm)
-            iteration, last = self.progress.iteration, self.progress.iteration == training.train_iters
+            iteration, last = self.progress.iteration, self.progress.iteration == self.last_iteration
             self.stopped = None if last else self.stop_requests.reason(self.optimizer.votes)
             stopping = last or bool(training.exit_interval and iteration % training.exit_interval == 0)
             stopping = stopping or self.stopped is not None
@@ -251,9 +282,9 @@ class Trainer:
 
     def _summarize(self) -> None:
         """Print where the run stands, where its time went, and where its files are."""
-        config, training = self.config, self.config.training
+        config = self.config
         say = partial(self.console.print, important=True)
-        say(f"stopped at iteration {self.progress.iteration} of {training.train_iters}")
+        say(f"stopped at iteration {self.progress.iteration} of {self.last_iteration}")
         if self._losses:
             best = min(self._losses, key=lambda iteration: self._losses[iteration])
             say(f"best held-out loss {self._losses[best]:.4f} at iteration {best}")
@@ -354,7 +385,9 @@ class Trainer:
 
     def _build_saver(self) -> Saver | None:
         parts = self.chunks, self.optimizer, self.balance, self.scales
-        return Saver(self.config, *parts, radii=self.radii, said=self._saved) if self.config.checkpoint.save else None
+        if not self.config.checkpoint.save:
+            return None
+        return Saver(self.config, *parts, radii=self.radii, schedule=self.schedule, said=self._saved)
 
     def _save(self) -> None:
         assert self.saver is not None

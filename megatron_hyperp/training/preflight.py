@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_hyperp import checksums, device, libraries
+from megatron_hyperp import arguments, checksums, device, libraries
 from megatron_hyperp.config import Config
 from megatron_hyperp.data.content import check_content
 from megatron_hyperp.data.datasets import parse_blend
@@ -18,8 +18,10 @@ from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.orthogonalize import check_backend
-from megatron_hyperp.training import alarms, checkpointing, determinism, profiling
+from megatron_hyperp.training import alarms, checkpointing, determinism, profiling, schedule
 from megatron_hyperp.training.compatibility import check_compatible
+from megatron_hyperp.training.logging import CONFIG_FILE
+from megatron_hyperp.training.schedule import SCHEDULE, Schedule
 
 # Bytes of a corpus' file that every start reads in full; of a larger one tools/check_data.py does.
 CORPUS_READ_IN_FULL = 256_000_000
@@ -42,7 +44,8 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
     if not config.data.tokenizer_model:
         raise UsageError("no tokenizer; give the --tokenizer-model the data was made with", same_on_all_ranks=True)
     tokenizer = load_tokenizer(config.data.tokenizer_model)
-    config = config.resolve(world_size=world_size, tokenizer_vocab_size=tokenizer.vocab_size)
+    folder = _checkpoint_to_load(config)
+    config, course = planned(config, world_size, tokenizer.vocab_size, folder)
     if config.training.deterministic_mode:
         determinism.begin()
     parallel = config.parallel
@@ -54,7 +57,7 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
         )
     _check_layers(config)
     _check_kernels(config)
-    check_reports(config, world_size)
+    check_reports(config, world_size, _last_iteration(config, course, folder))
     options = config.optimizer
     dtype = device.newton_schulz_dtype(options.ns_dtype, gram=options.asks_for_gram)
     try:
@@ -75,17 +78,72 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
             "--async-save has nothing to write without --save; give a folder for checkpoints, or leave it out",
             same_on_all_ranks=True,
         )
-    return config, tokenizer, _checkpoint_to_load(config)
+    _check_checkpoint(config, course, folder)
+    return config, tokenizer, folder
 
 
-def check_reports(config: Config, world_size: int) -> None:
+def planned(
+    given: Config, world_size: int, tokenizer_vocab_size: int | None, folder: Path | None
+) -> tuple[Config, Schedule]:
+    """Resolve a config, for a run that starts or for one that resumes, maybe with another batch size.
+
+    Args:
+        given: not resolved.
+        world_size: ranks of the job.
+        tokenizer_vocab_size: tokens that the tokenizer knows.
+        folder: the checkpoint to resume from, or None.
+
+    Returns:
+        The resolved config and the run's schedule.
+
+    Raises:
+        UsageError: as :meth:`Config.resolve`; or the checkpoint has no schedule to keep, or keeping it contradicts flags.
+    """
+
+    def resolve(config: Config) -> Config:
+        return config.resolve(world_size=world_size, tokenizer_vocab_size=tokenizer_vocab_size)
+
+    common = {} if folder is None else checkpointing.common_state(folder)
+    if folder is None or common.get(checkpointing.WEIGHTS_ONLY, False):
+        if folder is not None and given.optimizer.use_checkpoint_opt_param_scheduler:
+            raise UsageError(
+                f"--use-checkpoint-opt-param-scheduler needs a checkpoint of a training, but {folder} has weights alone;"
+                " leave it out",
+                same_on_all_ranks=True,
+            )
+        config = resolve(given)
+        return config, Schedule.of(config)
+    saved = arguments.load_yaml(folder / CONFIG_FILE)
+    return schedule.resumed(given, saved, Schedule.from_state(common.get(SCHEDULE), saved), resolve)
+
+
+def _consumed(config: Config, folder: Path | None) -> tuple[int, int]:
+    """Return the iterations and sequences that the checkpoint to resume from has been trained for; 0 without one."""
+    common = {} if folder is None else checkpointing.common_state(folder)
+    if folder is None or common.get(checkpointing.WEIGHTS_ONLY, False):
+        return 0, 0
+    progress = checkpointing.Progress(**common["progress"])
+    return progress.iteration, schedule.samples_of(progress.consumed_tokens, config.model.seq_length)
+
+
+def _last_iteration(config: Config, course: Schedule, folder: Path | None) -> int:
+    iteration, consumed = _consumed(config, folder)
+    return iteration + course.iterations_left(consumed, config.training.global_batch_size)
+
+
+def check_reports(config: Config, world_size: int, last_iteration: int) -> None:
     """See that a resolved config's alarms and profile can be what they are to be.
+
+    Args:
+        config: resolved.
+        world_size: ranks of the job.
+        last_iteration: at which the run ends.
 
     Raises:
         UsageError: one cannot.
     """
     alarms.check(config.logging.alarm, saves=config.checkpoint.save is not None)
-    profiling.check(config, world_size)
+    profiling.check(config, world_size, last_iteration)
 
 
 def _check_layers(config: Config) -> None:
@@ -137,6 +195,7 @@ def _check_kernels(config: Config) -> None:
 
 
 def _checkpoint_to_load(config: Config) -> Path | None:
+    """Return the newest sound checkpoint of ``--load``, if there is one; the config need not be resolved."""
     load, save = config.checkpoint.load, config.checkpoint.save
     folders: list[Path] = []
     if load is not None:
@@ -145,16 +204,23 @@ def _checkpoint_to_load(config: Config) -> Path | None:
             raise UsageError(f"--load {load} holds no checkpoint; give a folder that does, or leave it out")
     if save is not None:
         checkpointing.check_save_folder(save, folders[0] if folders else None)
-    folder = first_sound(folders, checkpointing.fault)
+    return first_sound(folders, checkpointing.fault)
+
+
+def _check_checkpoint(config: Config, course: Schedule, folder: Path | None) -> None:
+    """See that a run can resume from a checkpoint, and that it is not behind it already."""
+    common = {} if folder is None else checkpointing.common_state(folder)
     if folder is not None:
-        common = checkpointing.common_state(folder)
-        check_compatible(folder, config, weights_only=common.get(checkpointing.WEIGHTS_ONLY, False))
+        weights_only = common.get(checkpointing.WEIGHTS_ONLY, False)
+        check_compatible(folder, config, weights_only=weights_only)
+        if not weights_only:
+            saved = arguments.load_yaml(folder / CONFIG_FILE)
+            schedule.check_end(folder, config, saved, course, _consumed(config, folder)[1])
     if config.optimizer.radius == "from-weights" and (folder is None or not common.get(checkpointing.RADII)):
         raise UsageError(
             "--radius from-weights needs --load of a checkpoint that has radii; import one with"
             " tools/convert_checkpoint.py --radius from-weights"
         )
-    return folder
 
 
 def first_sound(folders: Sequence[Path], fault: Callable[[Path], str | None]) -> Path | None:

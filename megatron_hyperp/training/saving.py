@@ -43,6 +43,7 @@ from megatron_hyperp.training.checkpointing import (
 )
 from megatron_hyperp.training.heartbeats import explain
 from megatron_hyperp.training.logging import CONFIG_FILE
+from megatron_hyperp.training.schedule import SCHEDULE, Schedule
 from megatron_hyperp.training.signals import SIGNALS
 
 
@@ -77,6 +78,7 @@ class Saver:
         balance: loads of a mixture of experts; None for a dense model.
         scales: of delayed scaling in emulated FP8, if there are any.
         radii: of spheres that do not follow from shapes, by the parameter's name.
+        schedule: of the run.
         said: called on every rank for each checkpoint that is complete.
     """
 
@@ -89,6 +91,7 @@ class Saver:
         scales: Any = None,
         *,
         radii: dict[str, float] | None = None,
+        schedule: Schedule,
         said: Callable[[Saved], None],
     ) -> None:
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -96,7 +99,7 @@ class Saver:
         assert config.checkpoint.save is not None
         self._config, self._said = config, said
         self._chunks, self._optimizer, self._balance, self._scales = chunks, optimizer, balance, scales
-        self._radii = radii
+        self._radii, self._schedule = radii, schedule
         self._root = Path(config.checkpoint.save)
         self._queue = AsyncCallsQueue()
 
@@ -134,6 +137,7 @@ class Saver:
         return state | {
             "fp8_history": history,
             "progress": dataclasses.asdict(progress),
+            SCHEDULE: self._schedule.state(),
             "layout": layout(),
             "version": __version__,
             "run_id": run_id,
