@@ -112,6 +112,8 @@ def changed_settings(folder: Path, config: Config) -> list[str]:
             before, now = getattr(getattr(saved, section), item.name), getattr(getattr(config, section), item.name)
             if before != now and item.name not in names and not (other_batch and item.name in IN_BATCHES):
                 lines.append(f"{item.name} was {before} in the checkpoint and is now {now}")
+    if other_batch:
+        lines += _evaluation_lines(saved, config)
     # The order depends on the length of the run, but not on its cut into batches.
     if any(line.startswith(("train_tokens ", "seq_length ", "seed ", "data_path ", "split ")) for line in lines):
         lines.append("the order of the data may differ from here on")
@@ -131,6 +133,14 @@ def _learning_rate_lines(saved: Config, config: Config) -> list[str]:
         f"{line}; for {config.batch_tokens:,} tokens per batch instead of {saved.batch_tokens:,} the transfer law has a"
         f" factor of {factor:.4g}, which --use-checkpoint-opt-param-scheduler would leave out"
     ]
+
+
+def _evaluation_lines(saved: Config, config: Config) -> list[str]:
+    """Say that evaluations, which are in batches, take another part of the validation set with another batch size."""
+    if not (config.training.eval_interval and saved.training.eval_interval):
+        return []
+    before, now = (each.training.eval_iters * each.training.global_batch_size for each in (saved, config))
+    return [] if before == now else [f"an evaluation took {before:,} sequences in the checkpoint and now takes {now:,}"]
 
 
 def is_of_run(folder: Path, config: Config) -> bool:

@@ -27,15 +27,20 @@ SECONDS_TO_CLOSE = 30.0
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a run's metrics in order; where a resumed run repeated an iteration, its last row counts.
 
+    Later rows from before such a repetition are left out: with a larger batch the run may end before their iterations.
     A last line that a killed run left half written is passed over.
     """
     rows: dict[tuple[int, str], dict[str, Any]] = {}
+    last = 0
     for line in (Path(run_dir) / METRICS_FILE).read_text().splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        rows[row["iteration"], kind_of(row)] = row
+        if row["iteration"] < last:
+            rows = {key: other for key, other in rows.items() if key[0] < row["iteration"]}
+        last = row["iteration"]
+        rows[last, kind_of(row)] = row
     return [rows[key] for key in sorted(rows)]
 
 

@@ -29,7 +29,7 @@ from megatron_hyperp.training.phases import Phases
 from megatron_hyperp.training.profiling import FOLDER, Profiler
 from megatron_hyperp.training.replicas import Replicas
 from megatron_hyperp.training.saving import Saved, Saver
-from megatron_hyperp.training.schedule import Schedule, plan_lines, samples_of
+from megatron_hyperp.training.schedule import Schedule, remaining, samples_of
 from megatron_hyperp.training.setup import build, initialize_megatron
 from megatron_hyperp.training.signals import StopRequests
 
@@ -132,8 +132,9 @@ class Trainer:
     def _print_continuation(self, folder: Path) -> None:
         """Print what is left of the run, and what differs from the checkpoint's settings."""
         progress = self.progress
-        for line in plan_lines(self.schedule, progress.consumed_samples, progress.iteration, self.config):
-            self.console.print(line)
+        batch = self.config.training.global_batch_size
+        self.console.print(remaining(self.schedule, progress.consumed_samples, progress.iteration, batch))
+        self.console.print(f"learning rate at this point of the schedule: {self._base_lr():.6g}")
         for line in changed_settings(folder, self.config):
             self.console.print(f"note: {line}")
 
@@ -171,8 +172,10 @@ class Trainer:
             eod_mask_loss=data.eod_mask_loss,
         )
         assert train_set is not None
-        left = self.last_iteration - self.progress.iteration
-        self.train_set = micro.filled_up(train_set, self.progress.consumed_samples + left * training.global_batch_size)
+        end = self.progress.consumed_samples + training.global_batch_size * (
+            self.last_iteration - self.progress.iteration
+        )
+        self.train_set = micro.filled_up(train_set, planned=self.schedule.total.samples, length=end)
 
     def _batches(self, dataset: Any, consumed_samples: int) -> list[Batches]:
         """Return one iterator per pipeline chunk: the interleaved schedule draws from each on its own."""

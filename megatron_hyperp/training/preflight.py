@@ -97,7 +97,7 @@ def planned(
         The resolved config and the run's schedule.
 
     Raises:
-        UsageError: as :meth:`Config.resolve`; or the checkpoint has no schedule to keep, or keeping it contradicts flags.
+        UsageError: as :meth:`Config.resolve`; or --use-checkpoint-opt-param-scheduler cannot be followed.
     """
 
     def resolve(config: Config) -> Config:
@@ -107,8 +107,8 @@ def planned(
     if folder is None or common.get(checkpointing.WEIGHTS_ONLY, False):
         if folder is not None and given.optimizer.use_checkpoint_opt_param_scheduler:
             raise UsageError(
-                f"--use-checkpoint-opt-param-scheduler needs a checkpoint of a training, but {folder} has weights alone;"
-                " leave it out",
+                "--use-checkpoint-opt-param-scheduler needs a checkpoint of a training, but"
+                f" {folder} has weights alone; leave it out",
                 same_on_all_ranks=True,
             )
         config = resolve(given)
@@ -122,7 +122,12 @@ def _consumed(config: Config, folder: Path | None) -> tuple[int, int]:
     common = {} if folder is None else checkpointing.common_state(folder)
     if folder is None or common.get(checkpointing.WEIGHTS_ONLY, False):
         return 0, 0
-    progress = checkpointing.Progress(**common["progress"])
+    try:
+        progress = checkpointing.Progress(**common["progress"])
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            f"the checkpoint {folder} does not say how far it was trained; load an older one", same_on_all_ranks=True
+        ) from error
     return progress.iteration, schedule.samples_of(progress.consumed_tokens, config.model.seq_length)
 
 

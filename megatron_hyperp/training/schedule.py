@@ -1,9 +1,9 @@
 """How long a run is and how its learning rate moves, in sequences, so that another batch size changes neither.
 
 ``--train-iters``, ``--lr-warmup-iters`` and ``--lr-wsd-decay-iters`` are iterations of the global batch that they are
-given with. A checkpoint keeps the sequences that they stand for. A run that resumes with another batch size and the same
-settings ends after the same sequences, at the same point of the schedule; a setting that has changed counts batches of the
-new size.
+given with. A checkpoint keeps the sequences that they stand for. A run that resumes with another batch size and the
+same settings ends after the same sequences, at the same point of the schedule; a setting that has changed counts
+batches of the new size.
 """
 
 from __future__ import annotations
@@ -90,8 +90,11 @@ class Schedule:
             return cls.of(config)
         try:
             spans = {name: Span(int(span["samples"]), tuple(span["settings"])) for name, span in state.items()}
-            return cls(**spans)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            schedule = cls(**spans)
+            if not (0 <= schedule.warmup.samples < schedule.total.samples and schedule.wsd_decay.samples >= 0):
+                raise ValueError("parts that do not fit into the run")
+            return schedule
+        except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
             raise UsageError(
                 "the checkpoint's schedule cannot be read; load an older checkpoint", same_on_all_ranks=True
             ) from error
@@ -107,7 +110,7 @@ class Schedule:
         return Schedule(*(Span(-(-span.samples * before // now), span.settings) for span in spans))
 
     def unit(self, batch: int) -> int:
-        """Return the sequences per step of the schedule: the batch, if it has not changed, so that steps are iterations.
+        """Return the sequences per step of the schedule: a batch, so that steps are iterations, unless it has changed.
 
         Args:
             batch: sequences per iteration.
@@ -127,8 +130,8 @@ def samples_of(consumed_tokens: int, seq_length: int) -> int:
 def resumed(given: Config, saved: Config, schedule: Schedule, resolve: Resolve) -> tuple[Config, Schedule]:
     """Return the resolved config and the schedule of a run that resumes from a checkpoint.
 
-    The config is that of a run with the batch size of now throughout: ``train_iters``, ``lr_warmup_iters`` and
-    ``lr_wsd_decay_iters`` are the schedule's sequences in whole batches, rounded up.
+    The config is that of a run with the batch size of now throughout: its iterations are the schedule's sequences in
+    batches of this size, rounded up for the whole run and down for its parts.
 
     Args:
         given: as the user gave it, not resolved.
@@ -137,53 +140,53 @@ def resumed(given: Config, saved: Config, schedule: Schedule, resolve: Resolve) 
         resolve: completes and checks a config.
 
     Raises:
-        UsageError: as ``resolve``; or the length is to be the checkpoint's and another.
+        UsageError: as ``resolve``; or flags ask for another length than that of the checkpoint, which is to be kept.
     """
     config, schedule = copy.deepcopy(given), schedule.for_seq_length(saved.model.seq_length, given.model.seq_length)
-    by_flag = given.optimizer.use_checkpoint_opt_param_scheduler
+    options, by_flag = config.optimizer, given.optimizer.use_checkpoint_opt_param_scheduler
     keeps_total = _keeps_length(given, saved, schedule, resolve)
     if by_flag:
-        if not keeps_total:
-            raise UsageError(
-                f"--use-checkpoint-opt-param-scheduler keeps the checkpoint's {saved.training.train_tokens:,.0f} tokens,"
-                " but --train-iters or --train-tokens is another length; leave one of them out",
-                same_on_all_ranks=True,
-            )
-        config.optimizer.lr = saved.learning_rate().value
-        for name in KEPT_BY_FLAG:
-            setattr(config.optimizer, name, getattr(saved.optimizer, name))
+        _take_learning_rate(config, saved, keeps_total=keeps_total)
     if keeps_total:
         config.training.train_iters = TrainingConfig().train_iters
         config.training.train_tokens = saved.training.train_tokens
     whole = _without_parts(config, resolve).training
-    batch, iterations = whole.global_batch_size, whole.train_iters
-    total = schedule.total if keeps_total else Span(iterations * batch, ())
-
-    options = config.optimizer
+    batch = whole.global_batch_size
     keeps_warmup = by_flag or options.lr_warmup_iters in schedule.warmup.settings
     if keeps_warmup:
-        options.lr_warmup_iters = -(-schedule.warmup.samples // batch)
-        if keeps_total:
-            options.lr_warmup_iters = min(options.lr_warmup_iters, iterations - 1)
-    decay = options.lr_wsd_decay_iters
-    keeps_decay = by_flag or (decay in schedule.wsd_decay.settings and (keeps_total or decay is not None))
+        options.lr_warmup_iters = schedule.warmup.samples // batch
+    # Another length has another derived decay.
+    known = set(schedule.wsd_decay.settings) - (set() if keeps_total else {None})
+    keeps_decay = by_flag or options.lr_wsd_decay_iters in known
     if keeps_decay:
-        options.lr_wsd_decay_iters = max(1, -(-schedule.wsd_decay.samples // batch))
-        if keeps_total:
-            options.lr_wsd_decay_iters = min(options.lr_wsd_decay_iters, iterations - options.lr_warmup_iters)
+        options.lr_wsd_decay_iters = max(1, schedule.wsd_decay.samples // batch)
 
     config = resolve(config)
-    asked, options = given.optimizer, config.optimizer
-    assert options.lr_wsd_decay_iters is not None
-    warmup = schedule.warmup if keeps_warmup else Span(options.lr_warmup_iters * batch, ())
-    decay_span = schedule.wsd_decay if keeps_decay else Span(options.lr_wsd_decay_iters * batch, ())
-    decay_span = Span(min(decay_span.samples, total.samples - warmup.samples), decay_span.settings)
-    iteration_settings = (given.training.train_iters or iterations, iterations)
+    now = Schedule.of(config)
+    total = schedule.total if keeps_total else now.total
+    warmup = schedule.warmup if keeps_warmup else now.warmup
+    decay = schedule.wsd_decay if keeps_decay else now.wsd_decay
+    decay = Span(min(decay.samples, total.samples - warmup.samples), decay.settings)
+    # The next launch may have the settings of this command line, or of this run's config.yaml.
+    asked = config if by_flag else given
     return config, Schedule(
-        total.with_settings(*iteration_settings),
-        warmup.with_settings(asked.lr_warmup_iters, options.lr_warmup_iters),
-        decay_span.with_settings(asked.lr_wsd_decay_iters, options.lr_wsd_decay_iters),
+        total.with_settings(given.training.train_iters or whole.train_iters, whole.train_iters),
+        warmup.with_settings(asked.optimizer.lr_warmup_iters, config.optimizer.lr_warmup_iters),
+        decay.with_settings(asked.optimizer.lr_wsd_decay_iters, config.optimizer.lr_wsd_decay_iters),
     )
+
+
+def _take_learning_rate(config: Config, saved: Config, *, keeps_total: bool) -> None:
+    """Set what --use-checkpoint-opt-param-scheduler takes from the checkpoint, but for lengths."""
+    if not keeps_total:
+        raise UsageError(
+            f"--use-checkpoint-opt-param-scheduler keeps the checkpoint's {saved.training.train_tokens:,.0f} tokens,"
+            " but --train-iters or --train-tokens is another length; leave one of them out",
+            same_on_all_ranks=True,
+        )
+    config.optimizer.lr = saved.learning_rate().value
+    for name in KEPT_BY_FLAG:
+        setattr(config.optimizer, name, getattr(saved.optimizer, name))
 
 
 def _keeps_length(given: Config, saved: Config, schedule: Schedule, resolve: Resolve) -> bool:
@@ -225,22 +228,20 @@ def check_end(folder: Any, config: Config, saved: Config, schedule: Schedule, co
         )
 
 
-def plan_lines(schedule: Schedule, consumed_samples: int, iteration: int, config: Config) -> list[str]:
-    """Return what is left of a run that resumes.
+def remaining(schedule: Schedule, consumed_samples: int, iteration: int, batch: int) -> str:
+    """Say what is left of a run that resumes.
 
     Args:
         schedule: of the run.
         consumed_samples: where it stands.
         iteration: where it stands.
-        config: resolved.
+        batch: sequences per iteration.
     """
-    batch, total = config.training.global_batch_size, schedule.total.samples
     left = schedule.iterations_left(consumed_samples, batch)
+    line = f"{consumed_samples:,} of {schedule.total.samples:,} sequences done"
     if not left:
-        return []
-    line = (
-        f"{consumed_samples:,} of {total:,} sequences done; {left} iterations of {batch} to go, up to iteration"
-        f" {iteration + left}"
+        return line
+    extra = consumed_samples + left * batch - schedule.total.samples
+    return f"{line}; {left:,} iterations of {batch:,} to go, up to iteration {iteration + left:,}" + (
+        f", the last of which exceeds the end by {extra:,}" if extra else ""
     )
-    extra = consumed_samples + left * batch - total
-    return [line + (f"; the last one exceeds the end by {extra} sequences" if extra else "")]

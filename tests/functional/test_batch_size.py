@@ -72,9 +72,9 @@ def test_another_batch_ends_after_the_same_tokens(
     assert [row["iteration"] for row in found] == list(range(7, 7 + iterations))
     assert found[-1]["tokens"] == before[-1]["tokens"] + extra * SEQ_LENGTH
     line = f"48 of 96 sequences done; {iterations} iterations of {batch} to go, up to iteration {6 + iterations}"
-    assert line + (f"; the last one exceeds the end by {extra} sequences" if extra else "") + "\n" in output
+    assert line + (f", the last of which exceeds the end by {extra}" if extra else "") + "\n" in output
     assert f"iteration {6 + iterations}/{6 + iterations} (100%)" in output
-    # The law's rate for the batch, at the same point of the schedule: linear, from its peak after the warm-up to a tenth.
+    # The law's rate for the batch, at the same point of the schedule: linear to a tenth of the peak after the warm-up.
     factor, peak = math.sqrt(batch / BATCH), before[2]["lr"]
     assert f"the transfer law has a factor of {factor:.4g}" in output
     for row in found:

@@ -17,6 +17,7 @@ from megatron_hyperp.convert.hyperp import HyperPSource, write_weights
 from megatron_hyperp.convert.writing import Layout
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training import preflight
+from megatron_hyperp.training.schedule import Schedule
 from tests.random_source import RandomSource, model_config, write_random
 from tests.unit.test_convert_huggingface import job
 
@@ -104,4 +105,4 @@ def test_radii_from_weights_need_a_checkpoint_that_has_them(tmp_path: Path) -> N
     for load in (None, str(tmp_path / "ours")):
         config.checkpoint.load = load
         with pytest.raises(UsageError, match="needs --load of a checkpoint that has radii"):
-            preflight._checkpoint_to_load(config)
+            preflight._check_checkpoint(config, Schedule.of(config.resolve()), preflight._checkpoint_to_load(config))
