@@ -229,7 +229,9 @@ class TrainingConfig:
 
     micro_batch_size: int = knob(1, "sequences per forward pass and rank", POSITIVE)
     global_batch_size: int = knob(0, "sequences per step over all ranks [base batch tokens / sequence length]")
-    train_iters: int = knob(0, "optimizer steps [from the tokens]")
+    train_iters: int = knob(
+        0, "optimizer steps; when a run resumes with another batch size, of the first one [from the tokens]"
+    )
     train_tokens: float = knob(0.0, "training tokens [T0 N(d)/N(d0) with --depth]")
     exit_interval: int = knob(0, "stop at the first multiple of this iteration, saving; 0: run to the end")
     exit_duration_in_mins: float | None = knob(
