@@ -10,7 +10,9 @@ import pytest
 
 from megatron_hyperp import device
 from megatron_hyperp.config import Config
+from megatron_hyperp.data.datasets import build_datasets
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.training import loop
 from megatron_hyperp.training.logging import read_metrics
 from megatron_hyperp.training.pretrain import pretrain
 from tests.toy import toy_config, write_corpus
@@ -62,12 +64,22 @@ def test_another_batch_ends_after_the_same_tokens(
     straight: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     batch: int,
     iterations: int,
 ) -> None:
+    asked: list[int] = []
+
+    def build(**options: Any) -> Any:
+        asked.append(options["num_samples"][0])
+        return build_datasets(**options)
+
+    monkeypatch.setattr(loop, "build_datasets", build)
     config = configured(prefix, tmp_path, load=half(straight), global_batch_size=batch)
     assert pretrain(config, world_size=1) == 0
     output, found, before = capsys.readouterr().out, rows(tmp_path), rows(straight)
+    # On which the order of the data depends.
+    assert asked == [SAMPLES]
     extra = 48 + iterations * batch - SAMPLES
     assert [row["iteration"] for row in found] == list(range(7, 7 + iterations))
     assert found[-1]["tokens"] == before[-1]["tokens"] + extra * SEQ_LENGTH

@@ -99,6 +99,17 @@ def test_flags_without_effect(tmp_path: Path, fields: dict[str, Any], words: str
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
+def test_weights_alone_have_no_schedule_to_keep(tmp_path: Path) -> None:
+    write_random(tmp_path / "ours")
+    config = model_config(load=str(tmp_path / "ours"))
+    folder = preflight._checkpoint_to_load(config)
+    resolved, course = preflight.planned(config, 1, None, folder)
+    assert (resolved, course) == (config.resolve(), Schedule.of(config.resolve()))
+    config.optimizer.use_checkpoint_opt_param_scheduler = True
+    with pytest.raises(UsageError, match=r"needs a checkpoint of a training, but .* has weights alone; leave it out"):
+        preflight.planned(config, 1, None, folder)
+
+
 def test_radii_from_weights_need_a_checkpoint_that_has_them(tmp_path: Path) -> None:
     write_random(tmp_path / "ours", radius="from-weights")
     config = model_config(radius="from-weights")

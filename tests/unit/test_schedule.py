@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from megatron_hyperp import arguments
 from megatron_hyperp.config import Config
 from megatron_hyperp.data.batches import Batch, filled_up
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.training import schedule
+from megatron_hyperp.training import checkpointing, preflight, schedule
 from megatron_hyperp.training.compatibility import changed_settings
 from megatron_hyperp.training.logging import CONFIG_FILE, METRICS_FILE, read_metrics
 from megatron_hyperp.training.schedule import Schedule, check_end, remaining, resumed
@@ -237,7 +238,13 @@ def test_a_schedule_that_is_none_is_refused(state: Any) -> None:
         Schedule.from_state(whole, config)
 
 
-def test_what_a_changed_batch_changes_is_told(tmp_path: Any) -> None:
+def test_a_checkpoint_without_progress_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpointing, "common_state", lambda _: {"progress": {"epochs": 3}})
+    with pytest.raises(UsageError, match="there does not say how far it was trained"):
+        preflight._consumed(parse(RUN), Path("there"))
+
+
+def test_what_a_changed_batch_changes_is_told(tmp_path: Path) -> None:
     for words, lines in (
         ("", ["was 0.*; for 256 tokens per batch instead of 128 the transfer law has a factor of 1.414, which"]),
         (" --lr 0.1", [r"the peak learning rate stays 0\.1 with the other batch"]),
@@ -272,7 +279,7 @@ def test_the_last_batch_is_filled_up() -> None:
         filled_up(numbers, planned=4, length=4)
 
 
-def test_rows_after_a_point_that_a_run_went_back_to_do_not_count(tmp_path: Any) -> None:
+def test_rows_after_a_point_that_a_run_went_back_to_do_not_count(tmp_path: Path) -> None:
     """With a larger batch its iterations may end before theirs."""
     iterations = [1, 2, 3, 4, 5, 6, 3, 4]
     lines = [f'{{"iteration": {at}, "tokens": {index}, "loss": 1.0}}' for index, at in enumerate(iterations)]
