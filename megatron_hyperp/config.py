@@ -162,6 +162,11 @@ class OptimizerConfig:
     lr_decay_style: Literal["linear", "cosine", "WSD", "constant"] = knob("linear", "shape of the decay")
     lr_warmup_iters: int = knob(0, "iterations of linear warm-up; the sphere needs none")
     lr_wsd_decay_iters: int | None = knob(None, "last iterations over which WSD decays [a fifth of them]", POSITIVE)
+    use_checkpoint_opt_param_scheduler: bool = knob(
+        False,
+        "resume with the checkpoint's schedule: its peak and smallest learning rate, warm-up, decay, length and weight"
+        " decay, whatever the flags or the law for another batch size say",
+    )
     weight_decay: float | None = knob(None, "weight decay lambda [hyperp, muonh: 0; muon: 0.1 d0/d; adamw: 0.1]")
     clip_grad: float = knob(1.0, "largest global gradient norm; 0 switches clipping off")
     muon_momentum: float = knob(0.95, "momentum mu of Muon", FRACTION)
@@ -246,7 +251,9 @@ class TrainingConfig:
 
     micro_batch_size: int = knob(1, "sequences per forward pass and rank", POSITIVE)
     global_batch_size: Derived[int] = derived("sequences per step over all ranks [base batch tokens / sequence length]")
-    train_iters: Derived[int] = derived("optimizer steps [from the tokens]")
+    train_iters: Derived[int] = derived(
+        "optimizer steps; when a run resumes with another batch size, of the first one [from the tokens]"
+    )
     train_tokens: Derived[float] = derived("training tokens [T0 N(d)/N(d0) with --depth]")
     exit_interval: int = knob(0, "stop at the first multiple of this iteration, saving; 0: never, run to the end")
     exit_duration_in_mins: float | None = knob(

@@ -32,7 +32,7 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -
     config = copy.deepcopy(config)
     try:
         check_ranges(config)
-        _check_paths(config)
+        check_paths(config)
         _check_data(config.data)
         _resolve_architecture(config.model, tokenizer_vocab_size)
         _resolve_experts(config.model, config.moe)
@@ -87,7 +87,12 @@ PATHS = {
 }
 
 
-def _check_paths(config: Config) -> None:
+def check_paths(config: Config) -> None:
+    """See that files and folders are on this machine.
+
+    Raises:
+        UsageError: one is the address of an object store.
+    """
     for section, names in PATHS.items():
         for name in names:
             value = getattr(getattr(config, section), name)
@@ -428,12 +433,17 @@ def _resolve_schedule(config: Config) -> None:
             f" give {iterations - 1} at most"
         )
     if optimizer.lr_wsd_decay_iters is None:
-        optimizer.lr_wsd_decay_iters = min(max(1, iterations // 5), after_warmup)
+        optimizer.lr_wsd_decay_iters = default_wsd_decay(iterations, optimizer.lr_warmup_iters)
     if optimizer.lr_decay_style == "WSD" and optimizer.lr_wsd_decay_iters > after_warmup:
         raise UsageError(
             f"--lr-wsd-decay-iters {optimizer.lr_wsd_decay_iters} is more than the iterations after warm-up;"
             f" give {after_warmup} at most"
         )
+
+
+def default_wsd_decay(iterations: int, warmup: int) -> int:
+    """Return the iterations over which WSD decays: a fifth of them, or what the warm-up leaves."""
+    return min(max(1, iterations // 5), iterations - warmup)
 
 
 def _check_newton_schulz(config: Config) -> None:

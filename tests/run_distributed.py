@@ -1,7 +1,7 @@
 """The one helper that starts ranks: gloo processes on this machine, one thread each.
 
-Ranks are forked from a process that has imported the trainer once (:func:`warm_context`), since an import of Megatron-Core
-takes five to ten seconds and the tests start more than a hundred ranks.
+Ranks are forked from a process that has imported the trainer once (:func:`warm_context`), since an import of
+Megatron-Core takes five to ten seconds and the tests start more than a hundred ranks.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, f
         function: called by every rank.
         world_size: number of ranks.
         args: its arguments.
-        fresh: start interpreters that have imported nothing, for a function that replaces a library before Megatron-Core
-            looks for it. Ranks that use CUDA are always fresh: a process forked from one that holds a CUDA context
-            cannot use it.
+        fresh: start interpreters that have imported nothing, for a function that replaces a library before
+            Megatron-Core looks for it. Ranks that use CUDA are always fresh: a process forked from one that holds a
+            CUDA context cannot use it.
 
     Raises:
         AssertionError: a rank failed; the message has its traceback.

@@ -20,6 +20,7 @@ from megatron_hyperp.errors import UsageError, run_command
 from megatron_hyperp.files import local_path
 from megatron_hyperp.text import aligned
 from megatron_hyperp.training.checkpointing import PARENT, RUN_ID
+from megatron_hyperp.training.schedule import SCHEDULE, Schedule
 
 EXIT_DIFFERENT = 1
 
@@ -109,6 +110,8 @@ def _about(source: HyperPSource) -> dict[str, Any]:
         "heads": f"{model.num_attention_heads} of {model.kv_channels} in {model.num_query_groups} groups",
         "vocabulary": model.vocab_size,
     }
+    if SCHEDULE in common:
+        about["samples of the run"] = Schedule.from_state(common[SCHEDULE], config).total.samples
     if config.moe.num_experts:
         moe = config.moe
         about["experts"] = f"{moe.moe_router_topk} of {moe.num_experts} of FFN {moe.moe_ffn_hidden_size}"

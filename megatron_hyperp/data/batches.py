@@ -12,7 +12,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
 
 from megatron_hyperp.errors import LostRankError, UsageError
 from megatron_hyperp.processes import bound_children
@@ -95,6 +95,32 @@ def batches(
         generator=torch.Generator(),
     )
     return _until_exhausted(loader, length, consumed_samples, ends=num_batches is not None)
+
+
+def filled_up(dataset: SampleDataset, *, planned: int, length: int) -> SampleDataset:
+    """Return a dataset of at least ``length`` samples: those of ``dataset``, then its first ones again.
+
+    The last batch of a run that has changed its batch size may exceed the samples that the run was planned with; a
+    dataset built for more of them could have another order.
+
+    Args:
+        dataset: built for ``planned`` samples.
+        planned: samples of the run.
+        length: samples with which its last batch is full.
+
+    Raises:
+        UsageError: the dataset has fewer samples than planned.
+    """
+    held = len(dataset)  # type: ignore[arg-type]
+    if held < planned:
+        raise UsageError(
+            f"the dataset holds {held:,} samples, fewer than the {planned:,} of the run; lower --train-iters or"
+            " --train-tokens, or remove the folder of index caches, so that they are built again",
+            same_on_all_ranks=True,
+        )
+    if length <= held:
+        return dataset
+    return ConcatDataset([dataset, Subset(dataset, [number % held for number in range(length - held)])])
 
 
 def _leave_signals_to_the_rank(_: int) -> None:

@@ -22,7 +22,7 @@ COURSE: dict[str, set[str]] = {
     "model": {"depth", "aspect_ratio", "make_vocab_size_divisible_by"},
     "moe": set(),
     "parallel": {"distributed_timeout_minutes", "overlap_grad_reduce", "overlap_param_gather"},
-    "optimizer": {"lr"},
+    "optimizer": {"lr", "use_checkpoint_opt_param_scheduler"},
     "data": {"data_path", "tokenizer_model", "data_cache_path", "num_workers"},
     "training": {"exit_interval", "eval_interval"},
     # A point's folders for checkpoints are the sweep's; what it starts from is its own.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ SPHERES = (
 COURSE = {
     "model": {*ARCHITECTURE, "depth", "aspect_ratio", "make_vocab_size_divisible_by", "embedding_init_std"},
     "moe": {*ARCHITECTURE, "moe_sparsity", "moe_topk", "moe_shared_expert", "moe_token_dispatcher_type"},
-    "optimizer": {"ns_strategy", "ns_backend"},
+    "optimizer": {"ns_strategy", "ns_backend", "use_checkpoint_opt_param_scheduler"},
     "transfer": set[str](),
     "data": {"data_cache_path", "num_workers"},
     "training": {
@@ -51,6 +52,8 @@ COURSE = {
         *("deterministic_mode", "check_weight_hash_across_dp_replicas_interval"),
     },
 }
+# Fields that are in iterations, and so in batches: the schedule is kept in sequences.
+IN_BATCHES = {"train_iters", "lr_warmup_iters", "lr_wsd_decay_iters"}
 
 
 def check_compatible(folder: Path, config: Config, *, weights_only: bool = False) -> None:
@@ -102,17 +105,18 @@ def _architecture(config: Config) -> dict[str, Any]:
 def changed_settings(folder: Path, config: Config) -> list[str]:
     """Return a line for each setting that could change the course of training and differs from the checkpoint's."""
     saved = arguments.load_stored(folder / CONFIG_FILE)
-    before, now = saved.learning_rate().value, config.learning_rate().value
-    lines = [] if before == now else [f"the peak learning rate was {before:g} in the checkpoint and is now {now:g}"]
+    lines = _learning_rate_lines(saved, config)
+    other_batch = saved.training.global_batch_size != config.training.global_batch_size
     for section, names in COURSE.items():
         for item in dataclasses.fields(getattr(config, section)):
             before, now = getattr(getattr(saved, section), item.name), getattr(getattr(config, section), item.name)
-            if before != now and item.name not in names:
+            if before != now and item.name not in names and not (other_batch and item.name in IN_BATCHES):
                 lines.append(f"{item.name} was {before} in the checkpoint and is now {now}")
-    if any(
-        line.startswith(("train_iters ", "global_batch_size ", "seed ", "data_path ", "mock_data ", "split "))
-        for line in lines
-    ):
+    if other_batch:
+        lines += _evaluation_lines(saved, config)
+    # The order depends on the length of the run, but not on its cut into batches.
+    names = ("train_tokens ", "seq_length ", "seed ", "data_path ", "mock_data ", "split ")
+    if any(line.startswith(names) for line in lines):
         lines.append("the order of the data may differ from here on")
     return lines
 
@@ -130,3 +134,26 @@ def weights_notes(folder: Path, config: Config) -> list[str]:
         f" {config.optimizer.optimizer}; to keep their norms, convert the checkpoint with tools/convert_checkpoint.py"
         " --radius from-weights and give that flag here too"
     ]
+
+
+def _learning_rate_lines(saved: Config, config: Config) -> list[str]:
+    """Say what the peak learning rate was and is, and what another batch has to do with it."""
+    before, now = saved.learning_rate().value, config.learning_rate().value
+    line = f"the peak learning rate was {before:g} in the checkpoint and is now {now:g}"
+    if saved.batch_tokens == config.batch_tokens:
+        return [] if before == now else [line]
+    if config.optimizer.lr is not None or not config.recipe.batch_law:
+        return [line if before != now else f"the peak learning rate stays {now:g} with the other batch"]
+    factor = math.sqrt(config.batch_tokens / saved.batch_tokens)
+    return [
+        f"{line}; for {config.batch_tokens:,} tokens per batch instead of {saved.batch_tokens:,} the transfer law has a"
+        f" factor of {factor:.4g}, which --use-checkpoint-opt-param-scheduler would leave out"
+    ]
+
+
+def _evaluation_lines(saved: Config, config: Config) -> list[str]:
+    """Say that evaluations, which are in batches, take another part of the validation set with another batch size."""
+    if not (config.training.eval_interval and saved.training.eval_interval):
+        return []
+    before, now = (each.training.eval_iters * each.training.global_batch_size for each in (saved, config))
+    return [] if before == now else [f"an evaluation took {before:,} sequences in the checkpoint and now takes {now:,}"]

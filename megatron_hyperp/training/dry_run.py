@@ -75,7 +75,7 @@ def dry_run(config: Config, cluster: Cluster, *, rank: int | None, log: Callable
     else:
         asked = with_vocabulary(config)
     resolved = asked.resolve(world_size=gpus, tokenizer_vocab_size=tokens)
-    check_reports(resolved, gpus)
+    check_reports(resolved, gpus, resolved.training.train_iters)
     with device.planning_for("cuda"):
         layout = evaluate(resolved, cluster)
     plan = RunPlan(resolved, config, cluster, [layout], [])

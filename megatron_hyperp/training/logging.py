@@ -29,15 +29,20 @@ _FORKS = {"WANDB_FORK_FROM", "WANDB_RESUME_FROM"}
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
     """Return the rows of a run's metrics in order; where a resumed run repeated an iteration, its last row counts.
 
+    Later rows from before such a repetition are left out: with a larger batch the run may end before their iterations.
     A last line that a killed run left half written is passed over.
     """
     rows: dict[tuple[int, str], dict[str, Any]] = {}
+    last = 0
     for line in (Path(run_dir) / METRICS_FILE).read_text().splitlines():
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        rows[row["iteration"], kind_of(row)] = row
+        if row["iteration"] < last:
+            rows = {key: other for key, other in rows.items() if key[0] < row["iteration"]}
+        last = row["iteration"]
+        rows[last, kind_of(row)] = row
     return [rows[key] for key in sorted(rows)]
 
 
@@ -277,19 +282,22 @@ class Console:
 
     Args:
         active: whether this rank prints.
-        total: iterations of the run.
         quiet: warnings and the summary alone.
     """
 
-    def __init__(self, *, active: bool, total: int = 0, quiet: bool = False) -> None:
+    def __init__(self, *, active: bool, quiet: bool = False) -> None:
         self._active = active
         self._quiet = quiet
-        self._total = total
+        self._total = self._total_tokens = 0
         self._progress: Any = None
         self._task: Any = None
         self._smoothed: float | None = None
         self._started = time.monotonic()
         self._first: int | None = None
+
+    def set_end(self, iteration: int, tokens: int) -> None:
+        """Set at which iteration, and after how many tokens, the run ends."""
+        self._total, self._total_tokens = iteration, tokens
 
     def start_bar(self, done: int) -> None:
         """Show a progress bar if this is a terminal."""
@@ -327,7 +335,7 @@ class Console:
             self._first, self._started = iteration, time.monotonic()
         pace = (time.monotonic() - self._started) / max(1, iteration - self._first)
         parts = [
-            f"iteration {iteration}/{self._total} ({100 * iteration / self._total:.0f}%)",
+            f"iteration {iteration}/{self._total} ({min(100, 100 * row['tokens'] / self._total_tokens):.0f}%)",
             f"loss {loss:.4f} (smoothed {self._smoothed:.4f})",
             f"lr {row['lr']:.3e}",
             f"grad {row['grad_norm']:.3f}",

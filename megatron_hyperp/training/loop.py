@@ -31,6 +31,7 @@ from megatron_hyperp.training.phases import Phases
 from megatron_hyperp.training.profiling import FOLDER, Profiler
 from megatron_hyperp.training.replicas import Replicas
 from megatron_hyperp.training.saving import Saved, Saver
+from megatron_hyperp.training.schedule import Schedule, remaining, samples_of
 from megatron_hyperp.training.setup import build, initialize_megatron
 from megatron_hyperp.training.signals import StopRequests
 
@@ -42,9 +43,12 @@ class Trainer:
         config: resolved config.
         tokenizer: of the data.
         resume_from: checkpoint folder, or None to start from scratch.
+        schedule: of a run that resumes; None for a new one, whose config it follows from.
     """
 
-    def __init__(self, config: Config, tokenizer: Any, resume_from: Path | None) -> None:
+    def __init__(
+        self, config: Config, tokenizer: Any, resume_from: Path | None, schedule: Schedule | None = None
+    ) -> None:
         from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
         from megatron_hyperp.model.build import build_balance
@@ -55,7 +59,7 @@ class Trainer:
         self.world_size = dist.get_world_size()
         self.rank = dist.get_rank()
         self.phases = Phases()
-        self.console = Console(active=self.rank == 0, total=config.training.train_iters, quiet=config.logging.quiet)
+        self.console = Console(active=self.rank == 0, quiet=config.logging.quiet)
         initialize_megatron(config)
         for line in describe(config, self.world_size):
             self.console.print(line)
@@ -66,21 +70,23 @@ class Trainer:
         self.chunks, self.optimizer = build(config, self.balance, self.scales, radii=self.radii, log=self.console.print)
         self.stability = Stability(config, self.chunks, self.optimizer, self.balance)
         self._time_communication()
+        self.schedule = schedule or Schedule.of(config)
         options, peak = config.optimizer, config.learning_rate().value
+        unit = self.schedule.unit(config.training.global_batch_size)
         self.scheduler = OptimizerParamScheduler(
             self.optimizer,
             init_lr=0.0,
             max_lr=peak,
             min_lr=options.min_lr,
-            lr_warmup_steps=options.lr_warmup_iters,
-            lr_decay_steps=config.training.train_iters,
+            lr_warmup_steps=self.schedule.warmup.samples // unit,
+            lr_decay_steps=self.schedule.total.samples // unit,
             lr_decay_style=options.lr_decay_style,
             start_wd=options.weight_decay,
             end_wd=options.weight_decay,
             wd_incr_steps=0,
             wd_incr_style="constant",
             use_checkpoint_opt_param_scheduler=False,
-            wsd_decay_steps=options.lr_wsd_decay_iters,
+            wsd_decay_steps=self.schedule.wsd_decay.samples // unit,
             lr_wsd_decay_style="linear",
         )
         self.stop_requests = StopRequests(config.training.exit_duration_in_mins, self.phases.started)
@@ -102,13 +108,20 @@ class Trainer:
                 weights_only=weights_only,
             )
             check_loaded(self, resume_from)
-            self.scheduler.step(self.progress.iteration)
+            # The rounding matters only where the length of sequences has changed.
+            self.progress.consumed_samples = samples_of(self.progress.consumed_tokens, config.model.seq_length)
+            self._set_learning_rate()
             self.lineage = trace(config, resume_from, common, weights_only=weights_only)
             kind, what = ("started", "with the weights of") if weights_only else ("resumed", "from")
             origin = f"{what} {self.lineage.describe(resume_from)}"
             self.console.print(f"{kind} {origin} at iteration {self.progress.iteration}")
+            if not weights_only:
+                self._print_continuation()
             for line in (weights_notes if weights_only else changed_settings)(resume_from, config):
                 self.console.print(f"note: {line}")
+        batch, consumed = config.training.global_batch_size, self.progress.consumed_samples
+        self.last_iteration = self.progress.iteration + self.schedule.iterations_left(consumed, batch)
+        self.console.set_end(self.last_iteration, self.schedule.total.samples * config.model.seq_length)
         self._build_data(tokenizer)
         self.writer = MetricsWriter(
             *(config, self.progress.iteration),
@@ -129,6 +142,19 @@ class Trainer:
         self.profiler = Profiler(config, self.rank)
         self._losses: dict[int, float] = {}
 
+    def _print_continuation(self) -> None:
+        """Print what is left of a run that resumes."""
+        progress = self.progress
+        batch = self.config.training.global_batch_size
+        self.console.print(remaining(self.schedule, progress.consumed_samples, progress.iteration, batch))
+        self.console.print(f"learning rate at this point of the schedule: {self._base_lr():.6g}")
+
+    def _set_learning_rate(self) -> None:
+        """Set learning rates and weight decay to those of the sequences trained so far."""
+        unit = self.schedule.unit(self.config.training.global_batch_size)
+        self.scheduler.num_steps = self.progress.consumed_samples / unit
+        self.scheduler.step(0)
+
     def _time_communication(self) -> None:
         """Count gradients on their way to owners, and weights on their way back, as a phase of their own."""
         around, exchange = partial(self.phases.around, "communication"), self.optimizer.exchange
@@ -142,7 +168,7 @@ class Trainer:
     def _build_data(self, tokenizer: Any) -> None:
         data, training, model = self.config.data, self.config.training, self.config.model
         evaluated = training.eval_iters * training.global_batch_size if training.eval_interval else 0
-        num_samples = (training.train_iters * training.global_batch_size, evaluated, evaluated)
+        num_samples = (self.schedule.total.samples, evaluated, evaluated)
         if data.mock_data:
             sets = mock_datasets(
                 seq_length=model.seq_length,
@@ -162,7 +188,12 @@ class Trainer:
                 eod_mask_loss=data.eod_mask_loss,
                 note=self.console.print,
             )
-        self.train_set, self.valid_set, self.test_set = sets
+        train_set, self.valid_set, self.test_set = sets
+        assert train_set is not None
+        end = self.progress.consumed_samples + training.global_batch_size * (
+            self.last_iteration - self.progress.iteration
+        )
+        self.train_set = micro.filled_up(train_set, planned=self.schedule.total.samples, length=end)
 
     def _batches(self, dataset: Any, consumed_samples: int) -> list[Batches]:
         """Return one iterator per pipeline chunk: the interleaved schedule draws from each on its own."""
@@ -186,8 +217,11 @@ class Trainer:
     def train(self) -> Progress:
         """Run to the last iteration, to ``--exit-interval``, or until asked to stop; save there."""
         config, training = self.config, self.config.training
-        if self.progress.iteration >= training.train_iters:
-            self.console.print(f"nothing to do: iteration {self.progress.iteration} of {training.train_iters} is done")
+        if self.progress.iteration >= self.last_iteration:
+            self.console.print(
+                f"nothing to do: all {self.schedule.total.samples:,} sequences of the run are done, at iteration"
+                f" {self.progress.iteration}"
+            )
             return self.progress
         batches = self._batches(self.train_set, self.progress.consumed_samples)
         self.replicas.check(self.progress.iteration, f"at the start, at iteration {self.progress.iteration}")
@@ -195,7 +229,7 @@ class Trainer:
             self.evaluate()
         self.console.start_bar(self.progress.iteration)
         meter = Meter(self)
-        while self.progress.iteration < training.train_iters:
+        while self.progress.iteration < self.last_iteration:
             lr, watched = self._base_lr(), self.stability.due(self.progress.iteration + 1)
             self.profiler.before(self.progress.iteration + 1)
             with self.stability.watch() if watched else nullcontext():
@@ -205,14 +239,14 @@ class Trainer:
                 with self.phases.phase("optimizer"):
                     _, grad_norm, _ = self.optimizer.step()
             self.divergence.check()
-            self.scheduler.step(1)
             self.progress.iteration += 1
             self.progress.consumed_samples += training.global_batch_size
             self.progress.consumed_tokens += config.batch_tokens
+            self._set_learning_rate()
             self.report_alive()
             meter.add(losses, lr, grad_norm)
             self.divergence.count()
-            iteration, last = self.progress.iteration, self.progress.iteration == training.train_iters
+            iteration, last = self.progress.iteration, self.progress.iteration == self.last_iteration
             self.stopped = None if last else self.stop_requests.reason(self.optimizer.votes)
             stopping = last or bool(training.exit_interval and iteration % training.exit_interval == 0)
             stopping = stopping or self.stopped is not None
@@ -235,7 +269,7 @@ class Trainer:
         if self.saver:
             with self.phases.phase("checkpoint"):
                 self.saver.finish()
-        if self.progress.iteration == training.train_iters and not self.stopped:
+        if self.progress.iteration == self.last_iteration and not self.stopped:
             with self.phases.phase("evaluation"):
                 self.test()
         self.console.stop_bar()
@@ -273,9 +307,9 @@ class Trainer:
 
     def _summarize(self) -> None:
         """Print where the run stands, where its time went, and where its files are."""
-        config, training = self.config, self.config.training
+        config = self.config
         say = partial(self.console.print, important=True)
-        say(f"stopped at iteration {self.progress.iteration} of {training.train_iters}")
+        say(f"stopped at iteration {self.progress.iteration} of {self.last_iteration}")
         if self._losses:
             best = min(self._losses, key=lambda iteration: self._losses[iteration])
             say(f"best held-out loss {self._losses[best]:.4f} at iteration {best}")
@@ -376,8 +410,8 @@ class Trainer:
 
     def _build_saver(self) -> Saver | None:
         parts = self.chunks, self.optimizer, self.balance, self.scales
-        known: dict[str, Any] = {"radii": self.radii, "parent": self.lineage.parent, "said": self._saved}
-        return Saver(self.config, *parts, **known) if self.config.checkpoint.save else None
+        known: dict[str, Any] = {"radii": self.radii, "parent": self.lineage.parent, "schedule": self.schedule}
+        return Saver(self.config, *parts, **known, said=self._saved) if self.config.checkpoint.save else None
 
     def _save(self) -> None:
         assert self.saver is not None

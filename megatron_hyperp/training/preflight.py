@@ -10,23 +10,26 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_hyperp import checksums, device, libraries
+from megatron_hyperp import arguments, checksums, device, libraries
 from megatron_hyperp.config import Config
 from megatron_hyperp.data.content import check_content
 from megatron_hyperp.data.datasets import check_shares, parse_blend
 from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
-from megatron_hyperp.data.tokenizer import load_tokenizer
+from megatron_hyperp.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.orthogonalize import check_backend
 from megatron_hyperp.planning.plan import with_vocabulary
-from megatron_hyperp.training import alarms, checkpointing, determinism, lineage, profiling
+from megatron_hyperp.resolve import check_paths
+from megatron_hyperp.training import alarms, checkpointing, determinism, lineage, profiling, schedule
 from megatron_hyperp.training.compatibility import check_compatible
+from megatron_hyperp.training.logging import CONFIG_FILE
+from megatron_hyperp.training.schedule import SCHEDULE, Schedule
 
 # Bytes of a corpus' file that every start reads in full; of a larger one tools/check_data.py does.
 CORPUS_READ_IN_FULL = 256_000_000
 
 
-def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
+def check(config: Config, world_size: int) -> tuple[Config, Tokenizer | None, Path | None]:
     """Resolve the config and look at everything on disk, before any process group exists.
 
     Returns:
@@ -36,11 +39,9 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
         UsageError: anything that cannot run.
     """
     device.check_ranks()
-    tokenizer = _tokenizer(config)
-    if tokenizer is None:
-        config = with_vocabulary(config).resolve(world_size=world_size)
-    else:
-        config = config.resolve(world_size=world_size, tokenizer_vocab_size=tokenizer.vocab_size)
+    check_paths(config)
+    tokenizer, folder = _tokenizer(config), _checkpoint_to_load(config)
+    config, course = planned(config, world_size, tokenizer, folder)
     if config.training.deterministic_mode:
         determinism.begin()
     parallel = config.parallel
@@ -52,7 +53,7 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
         )
     _check_layers(config)
     _check_kernels(config)
-    check_reports(config, world_size)
+    check_reports(config, world_size, _last_iteration(config, course, folder))
     options = config.optimizer
     dtype = device.newton_schulz_dtype(options.ns_dtype, gram=options.asks_for_gram)
     try:
@@ -71,10 +72,11 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
             "--async-save has nothing to write without --save; give a folder for checkpoints, or leave it out",
             same_on_all_ranks=True,
         )
-    return config, tokenizer, _checkpoint_to_load(config)
+    _check_checkpoint(config, course, folder)
+    return config, tokenizer, folder
 
 
-def _tokenizer(config: Config) -> Any:
+def _tokenizer(config: Config) -> Tokenizer | None:
     """Load the tokenizer; return None where ``--mock-data`` needs none.
 
     Raises:
@@ -104,14 +106,75 @@ def _check_corpora(config: Config) -> None:
     check_shares(config.data.split, infos, config.model.seq_length, (training.train_iters, evaluated))
 
 
-def check_reports(config: Config, world_size: int) -> None:
+def planned(
+    given: Config, world_size: int, tokenizer: Tokenizer | None, folder: Path | None
+) -> tuple[Config, Schedule]:
+    """Resolve a config, for a run that starts or for one that resumes, maybe with another batch size.
+
+    Args:
+        given: not resolved.
+        world_size: ranks of the job.
+        tokenizer: of the data; None for ``--mock-data`` without one.
+        folder: the checkpoint to resume from, or None.
+
+    Returns:
+        The resolved config and the run's schedule.
+
+    Raises:
+        UsageError: as :meth:`Config.resolve`; or --use-checkpoint-opt-param-scheduler cannot be followed.
+    """
+
+    def resolve(config: Config) -> Config:
+        if tokenizer is None:
+            return with_vocabulary(config).resolve(world_size=world_size)
+        return config.resolve(world_size=world_size, tokenizer_vocab_size=tokenizer.vocab_size)
+
+    common = {} if folder is None else checkpointing.common_state(folder)
+    if folder is None or checkpointing.takes_weights_only(given, common):
+        if folder is not None and given.optimizer.use_checkpoint_opt_param_scheduler:
+            raise UsageError(
+                "--use-checkpoint-opt-param-scheduler needs a checkpoint of a training, but"
+                f" {folder} gives its weights alone; leave it out",
+                same_on_all_ranks=True,
+            )
+        config = resolve(given)
+        return config, Schedule.of(config)
+    saved = arguments.load_stored(folder / CONFIG_FILE)
+    return schedule.resumed(given, saved, Schedule.from_state(common.get(SCHEDULE), saved), resolve)
+
+
+def _consumed(config: Config, folder: Path | None) -> tuple[int, int]:
+    """Return the iterations and sequences that the checkpoint to resume from has been trained for; 0 without one."""
+    common = {} if folder is None else checkpointing.common_state(folder)
+    if folder is None or checkpointing.takes_weights_only(config, common):
+        return 0, 0
+    try:
+        progress = checkpointing.Progress(**common["progress"])
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            f"the checkpoint {folder} does not say how far it was trained; load an older one", same_on_all_ranks=True
+        ) from error
+    return progress.iteration, schedule.samples_of(progress.consumed_tokens, config.model.seq_length)
+
+
+def _last_iteration(config: Config, course: Schedule, folder: Path | None) -> int:
+    iteration, consumed = _consumed(config, folder)
+    return iteration + course.iterations_left(consumed, config.training.global_batch_size)
+
+
+def check_reports(config: Config, world_size: int, last_iteration: int) -> None:
     """See that a resolved config's alarms and profile can be what they are to be.
+
+    Args:
+        config: resolved.
+        world_size: ranks of the job.
+        last_iteration: at which the run ends.
 
     Raises:
         UsageError: one cannot.
     """
     alarms.check(config.logging.alarm, saves=config.checkpoint.save is not None)
-    profiling.check(config, world_size)
+    profiling.check(config, world_size, last_iteration)
 
 
 def _check_layers(config: Config) -> None:
@@ -163,6 +226,7 @@ def _check_kernels(config: Config) -> None:
 
 
 def _checkpoint_to_load(config: Config) -> Path | None:
+    """Return the newest sound checkpoint to start from, if there is one; the config need not be resolved."""
     options = config.checkpoint
     load, save, pretrained = options.load, options.save, options.pretrained_checkpoint
     for flag, own in (("--load", load), ("--save", save)):
@@ -179,14 +243,20 @@ def _checkpoint_to_load(config: Config) -> Path | None:
         raise UsageError(f"--load {load} holds no checkpoint; give a folder that does, or leave it out")
     if save is not None:
         checkpointing.check_save_folder(save, folders[0] if folders else None)
-    folder = first_sound(folders, checkpointing.fault)
-    radii = None if folder is None else _check_start(folder, config).get(checkpointing.RADII)
-    if config.optimizer.radius == "from-weights" and not radii:
+    return first_sound(folders, checkpointing.fault)
+
+
+def _check_checkpoint(config: Config, course: Schedule, folder: Path | None) -> None:
+    """See that a run can start from a checkpoint, and has not exceeded its length already."""
+    common = {} if folder is None else _check_start(folder, config)
+    if folder is not None and not checkpointing.takes_weights_only(config, common):
+        saved = arguments.load_stored(folder / CONFIG_FILE)
+        schedule.check_end(folder, config, saved, course, _consumed(config, folder)[1])
+    if config.optimizer.radius == "from-weights" and not common.get(checkpointing.RADII):
         raise UsageError(
             "--radius from-weights needs --load or --pretrained-checkpoint of a checkpoint that has radii; import one"
             " with tools/convert_checkpoint.py --radius from-weights"
         )
-    return folder
 
 
 def _check_start(folder: Path, config: Config) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from megatron_hyperp.errors import EXIT_STOPPED, LostRankError, UsageError
 from megatron_hyperp.training import heartbeats, run_lock
 from megatron_hyperp.training.agreement import agree
 from megatron_hyperp.training.loop import Trainer
-from megatron_hyperp.training.preflight import check, verify
+from megatron_hyperp.training.preflight import check, planned, verify
 from megatron_hyperp.training.resiliency import launcher_reports
 
 # What a disk says that is full, read-only, broken or gone.
@@ -37,12 +37,13 @@ def pretrain(config: Config, *, world_size: int) -> int:
         LostRankError: a collective of the training failed, because another rank died or hangs; or a process that loads
             data died.
     """
-    config, tokenizer, resume_from = check(config, world_size)
+    given = config
+    config, tokenizer, resume_from = check(given, world_size)
     device.adapt_megatron()
     try:
         device.init_process_group(config.parallel.distributed_timeout_minutes, run=config.logging.run_dir)
         with run_lock.held(config):
-            return _pretrain(config, tokenizer, resume_from)
+            return _pretrain(given, config, tokenizer, resume_from)
     except OSError as error:
         if error.errno not in DISK_FAILURES:
             raise
@@ -57,13 +58,15 @@ def pretrain(config: Config, *, world_size: int) -> int:
         raise LostRankError(message) from error
 
 
-def _pretrain(config: Config, tokenizer: Any, resume_from: Path | None) -> int:
+def _pretrain(given: Config, config: Config, tokenizer: Any, resume_from: Path | None) -> int:
     """Train into folders that this job alone writes; see :func:`pretrain`."""
     if dist.get_rank() == 0:
         heartbeats.clear(config.logging.run_dir)
     agree(config, resume_from)
     resume_from = verify(config, resume_from)
-    trainer = Trainer(config, tokenizer, resume_from)
+    # From an older checkpoint than the one that was found, another schedule may follow.
+    config, schedule = planned(given, dist.get_world_size(), tokenizer, resume_from)
+    trainer = Trainer(config, tokenizer, resume_from, schedule)
     with trainer.stop_requests.listening(), trainer.heartbeats.beating(), launcher_reports() as trainer.report_alive:
         try:
             trainer.train()

@@ -30,18 +30,25 @@ def parse_range(text: str) -> tuple[int, int]:
     return first, last
 
 
-def check(config: Config, world_size: int) -> None:
+def check(config: Config, world_size: int, last_iteration: int) -> None:
     """See that what is asked for will be profiled.
+
+    Args:
+        config: resolved.
+        world_size: ranks of the job.
+        last_iteration: at which the run ends.
 
     Raises:
         UsageError: the range is none or begins after the run's end, or a rank is none of the job's.
     """
-    options, iterations = config.logging, config.training.train_iters
+    options = config.logging
     if not options.profile:
         return
     first, _ = parse_range(options.profile)
-    if first > iterations:
-        raise UsageError(f"--profile {options.profile} begins after the last of {iterations} iterations; begin earlier")
+    if first > last_iteration:
+        raise UsageError(
+            f"--profile {options.profile} begins after the last of {last_iteration} iterations; begin earlier"
+        )
     unknown = [rank for rank in options.profile_ranks if not rank.isdecimal() or int(rank) >= world_size]
     if unknown:
         raise UsageError(f"--profile-ranks {unknown[0]} is no rank of this job; there are 0 to {world_size - 1}")

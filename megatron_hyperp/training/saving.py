@@ -46,6 +46,7 @@ from megatron_hyperp.training.checkpointing import (
 )
 from megatron_hyperp.training.heartbeats import explain
 from megatron_hyperp.training.logging import CONFIG_FILE
+from megatron_hyperp.training.schedule import SCHEDULE, Schedule
 from megatron_hyperp.training.signals import SIGNALS
 
 
@@ -81,6 +82,7 @@ class Saver:
         scales: of delayed scaling in emulated FP8, if there are any.
         radii: of spheres that do not follow from shapes, by the parameter's name.
         parent: where a branch comes from (lineage.py).
+        schedule: of the run.
         said: called on every rank for each checkpoint that is complete.
     """
 
@@ -94,6 +96,7 @@ class Saver:
         *,
         radii: dict[str, float] | None = None,
         parent: dict[str, Any] | None = None,
+        schedule: Schedule,
         said: Callable[[Saved], None],
     ) -> None:
         from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
@@ -101,7 +104,7 @@ class Saver:
         assert config.checkpoint.save is not None
         self._config, self._said = config, said
         self._chunks, self._optimizer, self._balance, self._scales = chunks, optimizer, balance, scales
-        self._radii, self._parent = radii, parent
+        self._radii, self._parent, self._schedule = radii, parent, schedule
         self._root = Path(config.checkpoint.save)
         self._queue = AsyncCallsQueue()
 
@@ -140,6 +143,7 @@ class Saver:
         return state | {
             "fp8_history": history,
             "progress": dataclasses.asdict(progress),
+            SCHEDULE: self._schedule.state(),
             "layout": layout(),
             "version": __version__,
             RUN_ID: run_id,

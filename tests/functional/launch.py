@@ -53,7 +53,9 @@ def run(config: Path, *flags: Any, ranks: int = 1, timeout: float = 240) -> subp
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / str(rank) for rank in range(ranks)]
         port = free_port()
-        environments = [environment() | (torchrun_environment(r, ranks, port) if ranks > 1 else {}) for r in range(ranks)]
+        environments = [
+            environment() | (torchrun_environment(r, ranks, port) if ranks > 1 else {}) for r in range(ranks)
+        ]
         processes = [
             warm_context().Process(target=run_entry, args=(words, ROOT, log, variables))
             for log, variables in zip(logs, environments, strict=True)

@@ -17,6 +17,7 @@ from megatron_hyperp.convert.hyperp import HyperPSource, write_weights
 from megatron_hyperp.convert.writing import Layout
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training import preflight
+from megatron_hyperp.training.schedule import Schedule
 from tests.random_source import RandomSource, model_config, write_random
 from tests.unit.test_convert_huggingface import job
 
@@ -100,10 +101,21 @@ def test_flags_without_effect(tmp_path: Path, fields: dict[str, Any], words: str
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
+def test_weights_alone_have_no_schedule_to_keep(tmp_path: Path) -> None:
+    write_random(tmp_path / "ours")
+    config = model_config(load=str(tmp_path / "ours"))
+    folder = preflight._checkpoint_to_load(config)
+    resolved, course = preflight.planned(config, 1, None, folder)
+    assert (resolved, course) == (config.resolve(), Schedule.of(config.resolve()))
+    config.optimizer.use_checkpoint_opt_param_scheduler = True
+    with pytest.raises(UsageError, match=r"needs a checkpoint of a training, but .* has weights alone; leave it out"):
+        preflight.planned(config, 1, None, folder)
+
+
 def test_radii_from_weights_need_a_checkpoint_that_has_them(tmp_path: Path) -> None:
     write_random(tmp_path / "ours", radius="from-weights")
     config = model_config(radius="from-weights")
     for load in (None, str(tmp_path / "ours")):
         config.checkpoint.load = load
         with pytest.raises(UsageError, match="needs --load or --pretrained-checkpoint of a checkpoint that has radii"):
-            preflight._checkpoint_to_load(config)
+            preflight._check_checkpoint(config, Schedule.of(config.resolve()), preflight._checkpoint_to_load(config))
