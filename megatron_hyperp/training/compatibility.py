@@ -115,8 +115,8 @@ def changed_settings(folder: Path, config: Config) -> list[str]:
     if other_batch:
         lines += _evaluation_lines(saved, config)
     # The order depends on the length of the run, but not on its cut into batches.
-    names = ("train_tokens ", "seq_length ", "seed ", "data_path ", "mock_data ", "split ")
-    if any(line.startswith(names) for line in lines):
+    of_order = ("train_tokens ", "seq_length ", "seed ", "data_path ", "mock_data ", "split ")
+    if any(line.startswith(of_order) for line in lines):
         lines.append("the order of the data may differ from here on")
     return lines
 
