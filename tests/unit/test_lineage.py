@@ -162,7 +162,7 @@ def test_pretrained_weights_start_a_run_that_is_requeued_safely(
     job = convert.Job(
         **{"source": "hyperp", "target": "hyperp", "input": str(a / "ckpt"), "output": str(tmp_path / "imported")},
         **{"layout": Layout(), "dtype": None, "shard_bytes": None, "tokenizer": None, "radius": "stateless"},
-        **{"average": 0, "weights_only": True, "verify": False},
+        **{"average": None, "weights_only": True, "verify": False},
     )
     convert.convert(job, say=lambda _: None)
     train(prefix, tmp_path / "straight", load=tmp_path / "imported", seed=7)
