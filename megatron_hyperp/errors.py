@@ -83,34 +83,40 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
     try:
         code = main(argv)
     except BaseException as error:
-        found = _report(error, debug=debug)
-        if isinstance(error, LostRankError) or "RANK" in os.environ or multiprocessing.active_children():
-            leave_at_once(found)
-        sys.exit(found)
+        code = _exit_code(error)
+        try:
+            # The disk that is full may be that of the log.
+            with contextlib.suppress(OSError, ValueError):
+                _report(error, debug=debug)
+        finally:
+            if isinstance(error, LostRankError) or "RANK" in os.environ or multiprocessing.active_children():
+                leave_at_once(code)
     sys.exit(code or 0)
 
 
-def _report(error: BaseException, *, debug: bool) -> int:
-    """Print why the command ends; return its exit code."""
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    codes = {UsageError: EXIT_USAGE, LostRankError: EXIT_LOST_RANK, KeyboardInterrupt: EXIT_INTERRUPTED}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 1)
+
+
+def _report(error: BaseException, *, debug: bool) -> None:
+    """Print why the command ends."""
     # As it is written: what is wrong may be this variable.
     rank = os.environ.get("RANK", "0")
     who = f"[rank {rank}] " if "RANK" in os.environ else ""
     if isinstance(error, SystemExit):
         if isinstance(error.code, str):
             print(error.code, file=sys.stderr, flush=True)
-        return error.code if isinstance(error.code, int) else int(error.code is not None)
-    if isinstance(error, KeyboardInterrupt):
+    elif isinstance(error, KeyboardInterrupt):
         print(f"{who}interrupted{''.join(f': {word}' for word in error.args)}", file=sys.stderr, flush=True)
-        return EXIT_INTERRUPTED
-    if isinstance(error, UsageError) and error.same_on_all_ranks and rank != "0":
+    elif isinstance(error, UsageError) and error.same_on_all_ranks and rank != "0":
         time.sleep(SECONDS_FOR_RANK_0)
-        return EXIT_USAGE
-    if debug or not isinstance(error, UsageError | LostRankError):
-        sys.excepthook(type(error), error, error.__traceback__)
-    if isinstance(error, UsageError):
-        print(f"{who if rank != '0' else ''}error: {error}", file=sys.stderr, flush=True)
-        return EXIT_USAGE
-    if isinstance(error, LostRankError):
-        print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)
-        return EXIT_LOST_RANK
-    return 1
+    else:
+        if debug or not isinstance(error, UsageError | LostRankError):
+            sys.excepthook(type(error), error, error.__traceback__)
+        if isinstance(error, UsageError):
+            print(f"{who if rank != '0' else ''}error: {error}", file=sys.stderr, flush=True)
+        if isinstance(error, LostRankError):
+            print(f"[rank {rank}] error: {error}", file=sys.stderr, flush=True)

@@ -148,14 +148,15 @@ def _start(loader: DataLoader[Batch]) -> tuple[Iterator[Batch], set[BaseProcess]
 
 @atexit.register
 def _kill_processes() -> None:
-    """Kill loading processes that an exception's traceback still refers to.
+    """Kill the loading processes of iterators that still exist, because an exception's traceback refers to them.
 
     At exit multiprocessing, whose handler runs after this one, sends them SIGTERM, which they ignore, and waits.
     """
-    # PyTorch's handler raises an exception when a loading process ends.
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for process in set(multiprocessing.active_children()) & set(_processes):
-        process.kill()
+    if left := set(multiprocessing.active_children()) & set(_processes):
+        # PyTorch's handler raises an exception when a loading process ends.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for process in left:
+            process.kill()
 
 
 def is_lost_process(error: BaseException) -> bool:

@@ -20,7 +20,7 @@ from typing import Any
 from megatron_hyperp.errors import leave_at_once
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-# Those of which a second one ends the process at once: also SIGINT, of which the first one raises KeyboardInterrupt.
+# Those of which a second one ends the process at once; the first SIGINT raises KeyboardInterrupt.
 _WATCHED = (*SIGNALS, signal.SIGINT)
 # A launcher that is signalled beside its workers passes the signal on to them: they get one request twice.
 SECONDS_OF_ONE_REQUEST = 3.0
