@@ -87,13 +87,12 @@ def world_size() -> int:
         UsageError: the launcher's variables are incomplete, or torchrun could not restart the ranks.
     """
     place = launch()
-    if place is not None:
-        if restarts() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-            raise UsageError(
-                "torchrun --max-restarts would let restarted ranks look for each other where dead ones were (PyTorch"
-                " issue 135712); set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and give --standalone or --rdzv-backend c10d",
-                same_on_all_ranks=True,
-            )
+    if place is not None and restarts() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise UsageError(
+            "torchrun --max-restarts would let restarted ranks look for each other where dead ones were (PyTorch issue"
+            " 135712); set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and give --standalone or --rdzv-backend c10d",
+            same_on_all_ranks=True,
+        )
     return 1 if place is None else place.world_size
 
 

@@ -53,18 +53,18 @@ def launch() -> Launch | None:
             f"RANK is set but not {', '.join(missing)}; start the ranks with torchrun, give each process"
             f" {', '.join(VARIABLES)}, or unset RANK to train in one process"
         )
-    world_size = _number("WORLD_SIZE", 1, 2**31 - 1)
+    world_size = number("WORLD_SIZE", os.environ["WORLD_SIZE"], 1, 2**31 - 1)
     return Launch(
-        rank=_number("RANK", 0, world_size - 1),
+        rank=number("RANK", os.environ["RANK"], 0, world_size - 1),
         world_size=world_size,
-        local_rank=_number("LOCAL_RANK", 0, world_size - 1),
+        local_rank=number("LOCAL_RANK", os.environ["LOCAL_RANK"], 0, world_size - 1),
         address=os.environ["MASTER_ADDR"],
-        port=_number("MASTER_PORT", 1, 65535),
+        port=number("MASTER_PORT", os.environ["MASTER_PORT"], 1, 65535),
     )
 
 
-def _number(name: str, least: int, most: int) -> int:
-    text = os.environ[name]
+def number(name: str, text: str, least: int, most: int) -> int:
+    """Read a whole number of a variable. Raises: UsageError: it is none, or out of range."""
     if not (text.isascii() and text.isdigit() and len(text) < 20 and least <= int(text) <= most):
         raise UsageError(f"{name} is {text!r}; it must be a whole number from {least} to {most}")
     return int(text)

@@ -1,7 +1,7 @@
 """Where the processes of a job meet: a TCP port with a store, which must be this job's and no other program's.
 
-``python -m megatron_hyperp.rendezvous HEAD PORT JOB_ID`` looks at the port before torchrun does. Torchrun would wait for
-ever for a program that accepts connections and is no store, and would use the store of another job as its own.
+``python -m megatron_hyperp.rendezvous HEAD PORT JOB_ID`` looks at the port before torchrun does. Torchrun would wait
+for ever for a program that accepts connections and is no store, and would use the store of another job as its own.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING
 
 from megatron_hyperp.errors import UsageError, run_command
-from megatron_hyperp.launch import Launch
+from megatron_hyperp.launch import Launch, number
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
@@ -100,8 +100,8 @@ def _wait_for_listener(host: str, port: int, wait: float) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UsageError(
-                    f"nothing listens at port {port} of {host} after {wait:g} s ({error.strerror or error}); see whether"
-                    " the first node has started, and whether its name and port are these"
+                    f"nothing listens at port {port} of {host} after {wait:g} s ({error.strerror or error}); see"
+                    " whether the first node has started, and whether its name and port are these"
                 ) from error
             time.sleep(0.5)
         else:
@@ -187,16 +187,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("port")
     parser.add_argument("job")
     parser.add_argument("--is-head", help="1 or 0 [whether HEAD is an address of this machine]")
-    parser.add_argument("--wait", type=float, default=0.0, help="seconds for HEAD to start [0]")
+    parser.add_argument("--wait", default="0", help="seconds for HEAD to start [0]")
     options = parser.parse_args(argv)
-    if not (options.port.isascii() and options.port.isdigit() and 1 <= int(options.port[:6]) <= 65535):
-        raise UsageError(f"PORT is {options.port!r}; it must be a whole number from 1 to 65535")
+    port, wait = number("PORT", options.port, 1, 65535), number("JOIN_TIMEOUT", options.wait, 0, 10**9)
     if options.is_head not in (None, "0", "1"):
         raise UsageError(f"IS_HEAD is {options.is_head!r}; set it to 1 on the node HEAD and to 0 on the others")
     # What is wrong is said in one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     is_head = None if options.is_head is None else options.is_head == "1"
-    check(options.head, int(options.port), options.job, is_head=is_head, wait=options.wait)
+    check(options.head, port, options.job, is_head=is_head, wait=wait)
 
 
 if __name__ == "__main__":

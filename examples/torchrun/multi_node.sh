@@ -23,7 +23,6 @@ JOB_ID=${JOB_ID:-$(id -un)-${RUN_DIR//\//-}}
 
 # Seconds that nodes wait for each other when they meet, at the start and after a failure.
 JOIN_TIMEOUT=${JOIN_TIMEOUT:-900}
-whole JOIN_TIMEOUT
 
 meeting=(--nnodes "$NNODES" --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$JOB_ID")
 conf=join_timeout=$JOIN_TIMEOUT

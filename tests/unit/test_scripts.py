@@ -24,7 +24,7 @@ NODE = {"NPROC_PER_NODE": 1, "NNODES": 2, "HEAD": "127.0.0.1", "LAYOUT": "none"}
 
 def bash(*words: str, **settings: object) -> subprocess.CompletedProcess[str]:
     """Run a script where there is neither a GPU nor Slurm."""
-    kept = {name: os.environ[name] for name in ("HOME", "OMP_NUM_THREADS") if name in os.environ}
+    kept = {name: os.environ[name] for name in ("HOME", "OMP_NUM_THREADS", "PYTHONPATH") if name in os.environ}
     environ = {**kept, "PATH": "/usr/bin:/bin", "PYTHON": sys.executable}
     environ |= {name: str(value) for name, value in settings.items()}
     return subprocess.run(["bash", *words], cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
