@@ -60,10 +60,8 @@ def _read_yaml(path: str | Path) -> Any:
     try:
         return yaml_files.read(Path(path))
     except OSError as error:
-        if fault := not_local(str(path)):
-            raise UsageError(f"config {fault}", same_on_all_ranks=True) from error
-        message = f"config {path} cannot be read: {error.strerror}; check the path"
-        raise UsageError(message, same_on_all_ranks=True) from error
+        fault = not_local(str(path)) or f"{path} cannot be read: {error.strerror}; check the path"
+        raise UsageError(f"config {fault}", same_on_all_ranks=True) from error
     except ValueError as error:
         message = f"config {path} is not YAML: {error}"
         raise UsageError(message, same_on_all_ranks=True) from error

@@ -268,7 +268,9 @@ def _check_start(folder: Path, config: Config) -> dict[str, Any]:
     common = checkpointing.common_state(folder)
     weights_only = checkpointing.takes_weights_only(config, common)
     check_compatible(folder, config, weights_only=weights_only)
-    lineage.check_tensorboard(config, folder, weights_only=weights_only)
+    # Of what a tool wrote, no run has reported, though its config may name the folder of this run's events.
+    if not common.get(checkpointing.WEIGHTS_ONLY, False):
+        lineage.check_tensorboard(config, folder, weights_only=weights_only)
     return common
 
 

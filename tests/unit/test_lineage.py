@@ -120,6 +120,8 @@ def test_a_branch_does_not_write_its_parents_tensorboard(
         UsageError, match=r"--tensorboard-dir .* holds the events of the run that wrote .*another --tens"
     ):
         train(prefix, b, load=a / "ckpt", save=b / "ckpt", tensorboard_dir=board)
+    with pytest.raises(UsageError, match="--tensorboard-dir"):
+        train(prefix, b, pretrained_checkpoint=a / "ckpt", save=b / "ckpt", tensorboard_dir=board)
     train(prefix, a, load=a / "ckpt", save=a / "ckpt", tensorboard_dir=board)
     # What a resumed run writes again takes the place of what is there.
     assert purged == [None, 3]
