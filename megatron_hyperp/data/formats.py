@@ -96,10 +96,8 @@ def detect(head: bytes, *, head_is_all: bool, path: PurePath, key: str) -> Detec
     named = _BY_SUFFIX.get(uncompressed_suffix(path), "text")
     if kind := _json_kind(text, head_is_all):
         return Detected(kind, keys=_keys_of_lone_object(text, key) if head_is_all else None)
-    if named in DELIMITERS:
-        return Detected(named)
-    delimited = (kind for kind, delimiter in DELIMITERS.items() if _is_table(text, head_is_all, delimiter, key))
-    return Detected(next(delimited, named))
+    tables = (kind for kind, delimiter in DELIMITERS.items() if _is_table(text, head_is_all, delimiter, key))
+    return Detected(next(tables, named))
 
 
 def uncompressed_suffix(path: PurePath) -> str:
@@ -133,8 +131,8 @@ def _binary(head: bytes) -> str:
 def _json_kind(text: str, is_all: bool) -> str:
     """Return ``jsonl``, ``json`` or an empty string."""
     lines = list(_complete_lines(text, is_all))
-    objects = sum(isinstance(_parse(line), dict) for line in lines)
-    if 2 * objects > len(lines):
+    objects = [isinstance(_parse(line), dict) for line in lines]
+    if any(objects[:1]) or 2 * sum(objects) > len(lines):
         return "jsonl"
     if not lines and re.match(r'\s*\{\s*"', text):
         return "jsonl"  # a first line longer than the head

@@ -29,9 +29,7 @@ def open_column(stream: Stream, key: str) -> Any:
         raise UsageError("Parquet needs the package pyarrow; pip install 'megatron-hyperp[data]'") from error
     file = stream.seekable_file()
     if file is None:
-        raise UsageError(
-            f"{stream.name} is Parquet in a pipe or compressed, which cannot be read; give the file itself"
-        )
+        raise UsageError(f"{stream.name} is Parquet in a pipe or compressed as a whole; give the file itself")
     try:
         opened = parquet.ParquetFile(file, pre_buffer=False, buffer_size=2**20, page_checksum_verification=True)
         schema = opened.schema_arrow

@@ -193,8 +193,8 @@ def _separate(folder: Path, found: Sources, keys: Sequence[tuple[str, ...]], key
         found.skipped += [Skipped(source.path, "plain text next to records") for source in texts]
     elif texts and keys:
         raise UsageError(
-            f"folder {folder} holds {len(texts):,} plain text and {len(keys):,} JSON without {key!r}: choose between them "
-            f"with --suffixes, or with --format text{_keys_hint(keys)}"
+            f"folder {folder} holds {len(texts):,} plain text and {len(keys):,} JSON without {key!r}: choose between "
+            f"them with --suffixes, or with --format text{_keys_hint(keys)}"
         )
 
 

@@ -66,7 +66,8 @@ class _Compression(NamedTuple):
     decompressor: Callable[[], _Decompressor]
 
 
-# Magic numbers: RFC 1952, bzip2 with a block's or the end's, the .xz file format, RFC 8878 (a file may begin with one of 16 skippable frames).
+# Magic numbers: RFC 1952, bzip2 and its first block or its end, the .xz file format, RFC 8878 (a file may begin with
+# one of 16 skippable frames).
 _COMPRESSIONS = {
     "gzip": _Compression((b"\x1f\x8b",), lambda: zlib.decompressobj(wbits=31)),
     "bzip2": _Compression(

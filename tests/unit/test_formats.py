@@ -86,7 +86,7 @@ COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "none": bytes,
     "gzip": gzip.compress,
     "bzip2": bz2.compress,
-    "xz": lzma.compress,
+    "xz": lambda content: lzma.compress(content, preset=0),
     "zstd": zstd,
 }
 
@@ -147,7 +147,7 @@ def test_recognized(tmp_path: Path, name: str, content: bytes, texts: list[str])
         ("a", b'{"text":\n "a"', r"a:2 is not JSON"),
         ("a", b'{\n"text": ' + b"[" * 100_000, "a:1 is not JSON"),
         ("a.json", b'["a", "b"]', r"a\.json:1 has no text under 'text' \(it is no object, but a string\)"),
-        ("a.csv", b"id,body\n1,a\n", r"a\.csv has no column 'text' \(its columns: id, body\); name the one .* --json-key"),
+        ("a.csv", b"id,body\n1,a\n", r"a\.csv has no column 'text' \(its columns: id, body\); name the one"),
         ("a.csv", b"id,text\n1\n", r"a\.csv:2 has 1 fields, where the header has 2"),
         ("a.csv", b'id,text\n1,a\n2,"b\n3,c\n', r"a\.csv:3 is not CSV \(unexpected end of data\)"),
         ("a.csv", b"id,text\n1,\xff\n", r"a\.csv:2 is not UTF-8"),
@@ -207,13 +207,13 @@ def way_in(way: str, folder: Path, content: bytes) -> Iterator[str]:
         return
     if way == "named pipe":
         os.mkfifo(folder / "pipe")
-        writer = threading.Thread(target=(folder / "pipe").write_bytes, args=(content,))
+        writer = threading.Thread(target=(folder / "pipe").write_bytes, args=(content,), daemon=True)
         writer.start()
         yield str(folder / "pipe")
         writer.join()
         return
     out, into = os.pipe()
-    writer = threading.Thread(target=lambda: os.fdopen(into, "wb").write(content))
+    writer = threading.Thread(target=lambda: os.fdopen(into, "wb").write(content), daemon=True)
     kept = os.dup(0)
     writer.start()
     try:
@@ -244,7 +244,7 @@ def test_what_pipes_cannot_give_is_refused(tmp_path: Path, way: str) -> None:
         folder.mkdir()
         with way_in(way, folder, content) as path, pytest.raises(UsageError, match=message):
             read(path)
-    with pytest.raises(UsageError, match="standard input .* once"):
+    with pytest.raises(UsageError, match=r"standard input .* once"):
         read("-", "-")
 
 
@@ -268,12 +268,13 @@ def test_all_members_of_a_compressed_file_are_read(tmp_path: Path, compression: 
 
 @pytest.mark.parametrize("compression", MEMBERS)
 def test_compressed_data_that_is_not_whole_is_refused(tmp_path: Path, compression: str) -> None:
-    content = MEMBERS[compression](b"".join(b'{"text": "%d"}\n' % number for number in range(100_000)))
+    content = MEMBERS[compression](b"".join(b'{"text": "%d"}\n' % number for number in range(30_000)))
     path = tmp_path / "a.jsonl"
-    damaged = bytearray(content)
-    damaged[-3] ^= 255
-    cuts = [content[: len(content) * tenth // 10] for tenth in range(1, 10)] + [content[:-1], content[:20]]
-    for damage in [*cuts, content + content[: len(content) // 2], content + b"garbage", content + b"\0more"]:
+    damages = [content[: len(content) * fifth // 5] for fifth in range(1, 5)] + [content[:-1], content[:20]]
+    damages += [content + content[: len(content) // 2], content + b"garbage", content + b"\0more"]
+    if "zstd" not in compression:  # which has no checksum by default
+        damages.append(content[:-5] + bytes(byte ^ 255 for byte in content[-5:]))
+    for damage in damages:
         path.write_bytes(damage)
         with pytest.raises(UsageError, match=r"a\.jsonl is (truncated|damaged): its \w+ data"):
             read(path)
@@ -342,8 +343,8 @@ def fill(folder: Path, files: dict[str, bytes]) -> Path:
 FOLDERS: dict[str, tuple[dict[str, bytes], list[str], list[str], str]] = {
     # files, flags, texts, what is said to be skipped
     "a dataset": (
-        {"README.md": README, "dataset_info.json": INFO, ".gitattributes": b"a", "train/00.parquet": CONTENTS["parquet"],
-         ".cache/x.jsonl": CONTENTS["jsonl"], "a.png": b"\x89PNG\0"},
+        {"README.md": README, "dataset_info.json": INFO, ".gitattributes": b"a", ".cache/x.jsonl": CONTENTS["jsonl"],
+         "train/00.parquet": CONTENTS["parquet"], "a.png": b"\x89PNG\0"},
         [], TEXTS,
         "skipped 5 (2 hidden: .cache, .gitattributes; 1 JSON without 'text': dataset_info.json; 1 binary (PNG): a.png; "
         "1 plain text next to records: README.md)",
@@ -363,7 +364,8 @@ FOLDERS: dict[str, tuple[dict[str, bytes], list[str], list[str], str]] = {
     "one object a file": ({"a.json": b'{\n"text": "a"}', "b.json": b'{"text": "b"}', "c.txt": b"c"}, [], ["a", "b"],
         "skipped 1 (1 plain text next to records: c.txt)"),
     "suffixes": (
-        {"a.txt": b"a", "b.jsonl": CONTENTS["jsonl"], "c.txt.gz": gzip.compress(b"c")}, ["--suffixes", ".txt"], ["a", "c"],
+        {"a.txt": b"a", "b.jsonl": CONTENTS["jsonl"], "c.txt.gz": gzip.compress(b"c")},
+        ["--suffixes", ".txt"], ["a", "c"],
         "skipped 1 (1 not .txt: b.jsonl)",
     ),
     "text asked for": (
@@ -392,14 +394,14 @@ def test_folders(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("files", "flags", "message"),
     [
-        ({"a.png": b"\x89PNG", "b.pdf": b"%PDF-"}, [], r"holds nothing to read: skipped 2 \(1 binary \(PDF\): b\.pdf; 1"),
+        ({"a.png": b"\x89PNG", "b.pdf": b"%PDF-"}, [], r"holds nothing to read: skipped 2 \(1 binary \(PDF\): b\.pdf"),
         ({}, [], "holds nothing to read: it is empty"),
         ({"info.json": INFO}, [], r"nothing to read: skipped 1 .* --json-key .* \(keys of the first: features\)"),
         # The text of these may be in the JSON or in the README.
         ({"README.md": README, "a.json": b'{"body": "a"}', "b.json": b'{"body": "b"}'}, [],
          r"1 plain text and 2 JSON without 'text': choose .* \(keys of the first: body\)"),
-        ({"README.md": README, "a.parquet": parquet_file(key="body")}, [], r"no column 'text' \(its columns: id, body\)"),
-        ({"README.md": README, "a.jsonl": json_lines("body")}, [], r"a\.jsonl:1 has no text under 'text' \(its keys: body, id"),
+        ({"README.md": README, "a.parquet": parquet_file(key="body")}, [], r"a\.parquet has no column 'text'"),
+        ({"README.md": README, "a.jsonl": json_lines("body")}, [], r"a\.jsonl:1 has no text under 'text'"),
         ({"README.md": README, "a.parquet": b"version https://git-lfs.github.com/spec/v1\n"}, [], "git lfs pull"),
         ({"README.md": README}, ["--format", "jsonl"], r"skipped 1 \(1 text, not jsonl: README\.md\)"),
         ({"README.md": README}, ["--suffixes", ".jsonl"], r"skipped 1 \(1 not \.jsonl: README\.md\)"),
