@@ -14,6 +14,7 @@ from megatron_hyperp.data.parquet import read_column
 from megatron_hyperp.data.streams import LONGEST_DOCUMENT, Stream
 from megatron_hyperp.errors import UsageError
 
+_PIECE = 2**20
 _KEYS_SHOWN = 20
 
 
@@ -56,10 +57,12 @@ def read_records(stream: Stream, kind: str, key: str) -> Iterator[Record]:
 
 
 def _read_text(stream: Stream, _: str) -> Iterator[Record]:
-    content = stream.data.read(LONGEST_DOCUMENT + 1)
-    if len(content) > LONGEST_DOCUMENT:
-        raise _too_long(stream.name, "a text file is one document: split it, or make it JSON lines")
-    yield _record(content, stream.name, len(content))
+    content = bytearray()
+    while piece := stream.data.read(_PIECE):  # a read of LONGEST_DOCUMENT would allocate as much at once
+        content += piece
+        if len(content) > LONGEST_DOCUMENT:
+            raise _too_long(stream.name, "a text file is one document: split it, or make it JSON lines")
+    yield _record(bytes(content), stream.name, len(content))
 
 
 def _read_json_lines(stream: Stream, key: str) -> Iterator[Record]:

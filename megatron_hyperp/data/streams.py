@@ -24,7 +24,7 @@ _BUFFER = 2**20
 LONGEST_DOCUMENT = 2**30
 # The window of `zstd --long=31`, which some large corpora are published with.
 ZSTD_WINDOW = 2**31
-_XZ_MEMORY = 2**30
+XZ_MEMORY = 2**30
 
 
 class _Decompressor(Protocol):
@@ -73,7 +73,7 @@ _COMPRESSIONS = {
     "bzip2": _Compression(
         tuple(b"BZh%d" % n + block for n in range(1, 10) for block in (b"1AY&SY", b"\x17rE8P\x90")), bz2.BZ2Decompressor
     ),
-    "xz": _Compression((b"\xfd7zXZ\0",), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=_XZ_MEMORY)),
+    "xz": _Compression((b"\xfd7zXZ\0",), lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=XZ_MEMORY)),
     "zstd": _Compression((b"\x28\xb5\x2f\xfd", *(bytes([0x50 + n]) + b"\x2a\x4d\x18" for n in range(16))), _ZstdFrame),
 }
 _MAGIC_BYTES = 10
