@@ -15,7 +15,7 @@ from megatron_hyperp.data.formats import detect
 from megatron_hyperp.data.records import read_records
 from megatron_hyperp.data.sources import AUTO, Source, Sources, accepted, kind_name
 from megatron_hyperp.data.streams import Stream, name_of
-from megatron_hyperp.errors import UsageError
+from megatron_hyperp.errors import UsageError, printable
 
 PYTHON_SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt")
 _FAULTS_SHOWN = 3
@@ -68,7 +68,9 @@ class ReadCounts:
             lines.append(f"{name:16} {kind.inputs:>10,} {kind.documents:>14,} {megabytes:>12,.1f}")
         if self.bad:
             more = ", ..." if self.bad > len(self.faults) else ""
-            lines.append(f"left out {self.bad:,} bad lines: {', '.join(self.faults)}{more}")
+            lines.append(
+                printable(f"left out {self.bad:,} bad line{'s' * (self.bad != 1)}: {', '.join(self.faults)}{more}")
+            )
         return "\n".join(lines)
 
 
@@ -154,7 +156,7 @@ class Corpus:
             UsageError: when no more of these are allowed.
         """
         if self.counts.bad == self.skip_bad_lines:
-            allowed = f" (after {self.counts.bad:,} bad lines that were left out)" if self.skip_bad_lines else ""
+            allowed = f" (bad lines left out before: {self.counts.bad:,})" if self.skip_bad_lines else ""
             raise UsageError(f"{fault}{allowed}; --skip-bad-lines N leaves out up to N bad lines")
         self.counts.bad += 1
         if len(self.counts.faults) < _FAULTS_SHOWN:

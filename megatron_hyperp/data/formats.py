@@ -22,6 +22,8 @@ READABLE_AS = {
     **{name: (name,) for name in ("jsonl", "csv", "tsv", "parquet")},
 }
 DELIMITERS = {"csv": ",", "tsv": "\t"}
+# Those with a header.
+COLUMNS = (*DELIMITERS, "parquet")
 _BY_SUFFIX = {
     **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines", ".jl"), "jsonl"),
     ".json": "json",
@@ -165,7 +167,7 @@ def _keys_of_lone_object(text: str, key: str) -> tuple[str, ...] | None:
 
 def _is_table(text: str, is_all: bool, delimiter: str, key: str) -> bool:
     """Whether there are two columns or more, one of them named ``key``, with a value in every row."""
-    lines = text.splitlines(keepends=True)
+    lines = [f"{line}\n" for line in text.split("\n")]
     reader = csv.reader(lines if is_all else lines[:-1], delimiter=delimiter, strict=True)
     rows: list[list[str]] = []
     with contextlib.suppress(csv.Error):  # a row that the head cuts off, or no table

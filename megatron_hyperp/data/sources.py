@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_hyperp.data.formats import LFS_POINTER, READABLE_AS, Detected, detect
-from megatron_hyperp.data.parquet import open_column
+from megatron_hyperp.data.formats import COLUMNS, LFS_POINTER, READABLE_AS, Detected, detect
+from megatron_hyperp.data.records import read_records
 from megatron_hyperp.data.streams import COMPRESSED_SUFFIXES, STANDARD_INPUT, Stream, name_of
-from megatron_hyperp.errors import UsageError
+from megatron_hyperp.errors import UsageError, printable
 
 AUTO = "auto"
 _NAMES_SHOWN = 3
@@ -78,7 +78,7 @@ def describe_skipped(skipped: Sequence[Skipped]) -> str:
     parts = []
     for reason, names in sorted(by_reason.items(), key=lambda item: (-len(item[1]), item[0])):
         more = ", ..." if len(names) > _NAMES_SHOWN else ""
-        parts.append(f"{len(names):,} {reason}: {', '.join(names[:_NAMES_SHOWN])}{more}")
+        parts.append(printable(f"{len(names):,} {reason}: {', '.join(names[:_NAMES_SHOWN])}{more}"))
     if len(parts) > _REASONS_SHOWN:
         parts[_REASONS_SHOWN:] = [f"{len(parts) - _REASONS_SHOWN} more reasons"]
     return f"{len(skipped):,} ({'; '.join(parts)})"
@@ -126,9 +126,9 @@ def find_sources(
     if not found.read:
         raise UsageError(f"the input holds nothing to read: skipped {describe_skipped(found.skipped)}")
     for source in found.read:
-        if source.format == "parquet" and source.size is not None:
+        if source.format in COLUMNS and source.size is not None:
             with Stream(source.path) as stream:
-                open_column(stream, key)
+                next(read_records(stream, source.format, key), None)  # refuses a missing column before hours of work
     return found
 
 

@@ -437,6 +437,11 @@ def test_what_is_skipped_is_bounded(tmp_path: Path) -> None:
     assert described.endswith("; 2 more reasons)")
 
 
+def test_names_cannot_write_to_the_terminal(tmp_path: Path) -> None:
+    fill(tmp_path, {"a.txt": b"a", "\x1b[2J\n.pdf": b"%PDF-"})
+    assert open_corpus("--input", tmp_path).sources.describe().endswith(r"binary (PDF): \x1b[2J\n.pdf)")
+
+
 # Records without text
 
 BAD: dict[str, tuple[bytes, str]] = {
@@ -460,7 +465,7 @@ def test_bad_lines(tmp_path: Path, name: str) -> None:
     path.write_bytes(b'{"text": "a"}\n\n' + line + b'\n{"text": "b"}\n' + line + b"\n")
     with pytest.raises(UsageError, match=rf"a\.jsonl:3 {message}.*; --skip-bad-lines N leaves out"):
         read(path)
-    with pytest.raises(UsageError, match=rf"a\.jsonl:5 {message}.* \(after 1 bad lines that were left out\)"):
+    with pytest.raises(UsageError, match=rf"a\.jsonl:5 {message}.* \(bad lines left out before: 1\)"):
         read(path, "--skip-bad-lines", 1)
     corpus = open_corpus("--input", path, "--skip-bad-lines", 2)
     for _ in range(2):  # each reading counts anew
