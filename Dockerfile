@@ -22,7 +22,7 @@ ARG MEGATRON_CORE=0.16.1
 # hadolint ignore=DL3013  (what has no version here is pinned by the image's own constraints, or hardly matters)
 RUN pip install --no-cache-dir \
       "megatron-core==${MEGATRON_CORE}" psutil scipy "sentencepiece==0.2.3" tokenizers pyyaml rich matplotlib \
-      tensorboard "wandb==0.31.0" pytest pytest-timeout pytest-xdist
+      pyarrow zstandard tensorboard "wandb==0.31.0" pytest pytest-timeout pytest-xdist
 
 WORKDIR /workspace/megatron-hyperp
 COPY . .

@@ -49,7 +49,11 @@ setup(
             "types-PyYAML",
             "transformers>=5.3",
             "safetensors",
+            "pyarrow>=14.0.1",
+            "zstandard",
         ],
+        # To make corpora of Parquet and zstd files.
+        "data": ["pyarrow>=14.0.1", "zstandard"],
         "convert": ["transformers>=5.3", "safetensors"],
         # Wheels of TransformerEngine need CUDA. NVIDIA's apex is not on PyPI (the "apex" there is something else).
         "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],

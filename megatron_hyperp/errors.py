@@ -37,11 +37,12 @@ class UsageError(ValueError):
     """
 
     def __init__(self, message: str, *, same_on_all_ranks: bool = False) -> None:
-        super().__init__(_printable(message[:_LONGEST_MESSAGE]))
+        super().__init__(printable(message[:_LONGEST_MESSAGE]))
         self.same_on_all_ranks = same_on_all_ranks
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
+    """Return text with control characters, line breaks among them, and broken Unicode escaped."""
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 

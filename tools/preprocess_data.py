@@ -18,6 +18,7 @@ def main(argv: list[str]) -> None:
     arguments = _parse(argv)
     tokenizer = load_tokenizer(arguments.tokenizer)
     corpus = corpus_from_arguments(arguments)
+    print(corpus.sources.describe(), flush=True)
     summary = write_corpus(
         corpus,
         arguments.output_prefix,
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> None:
         total_bytes=corpus.total_bytes,
     )
     record(arguments.output_prefix)
+    print(corpus.counts.describe())
     print(_describe(summary))
 
 

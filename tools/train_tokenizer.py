@@ -32,7 +32,9 @@ def main(argv: list[str]) -> None:
     """Read the command line, train the tokenizer and print a summary."""
     arguments = _parse(argv)
     started = time.monotonic()
-    texts = _Texts(corpus_from_arguments(arguments))
+    corpus = corpus_from_arguments(arguments)
+    print(corpus.sources.describe(), flush=True)
+    texts = _Texts(corpus)
     path = train_sentencepiece(
         texts,
         arguments.output,
@@ -41,6 +43,7 @@ def main(argv: list[str]) -> None:
         character_coverage=arguments.character_coverage,
     )
     seconds = time.monotonic() - started
+    print(corpus.counts.describe())
     print(
         f"{texts.documents:,} documents, {texts.text_bytes / 1e6:,.1f} MB of text\n"
         f"{load_tokenizer(path).vocab_size:,} tokens, {seconds:.1f} s\n"

@@ -1,22 +1,24 @@
-"""Documents: finding the files that hold them, and reading them."""
+"""The documents of a corpus, in order; those of the installed Python."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_hyperp.errors import UsageError
+from megatron_hyperp.data.formats import detect
+from megatron_hyperp.data.records import read_records
+from megatron_hyperp.data.sources import AUTO, Source, Sources, accepted, kind_name
+from megatron_hyperp.data.streams import Stream, name_of
+from megatron_hyperp.errors import UsageError, printable
 
-JSON_LINES_SUFFIXES = (".jsonl", ".ndjson", ".json")
-FOLDER_SUFFIXES = (".jsonl", ".ndjson", ".txt", ".md", ".rst", ".py")
 PYTHON_SUFFIXES = (".py", ".pyi", ".md", ".rst", ".txt")
+_FAULTS_SHOWN = 3
 
 
 class Document(NamedTuple):
@@ -24,81 +26,141 @@ class Document(NamedTuple):
 
     Attributes:
         text: its text.
-        source_bytes: the bytes of the input file it was read from.
+        source_bytes: the bytes of input that were read for it, compressed as they are in the file.
     """
 
     text: str
     source_bytes: int
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """The documents of some files, in order: each line of a JSON-lines file, each other file as a whole.
+@dataclass
+class _Kind:
+    """What was read in one format."""
+
+    inputs: int = 0
+    documents: int = 0
+    source_bytes: int = 0
+
+
+@dataclass
+class ReadCounts:
+    """What an iteration over a corpus has read so far.
 
     Attributes:
-        paths: the files.
-        json_key: where a line of a JSON-lines file holds its text.
-        max_bytes: stop before the document that would go above this many bytes of input.
-        limit: stop after this many documents.
+        kinds: inputs, documents and bytes of input for each format.
+        bad: number of records without text that were left out.
+        faults: the first of these, each with its file and line.
     """
 
-    paths: tuple[Path, ...]
+    kinds: dict[str, _Kind] = field(default_factory=dict)
+    bad: int = 0
+    faults: list[str] = field(default_factory=list)
+
+    def clear(self) -> None:
+        """Begin again."""
+        self.kinds, self.bad, self.faults = {}, 0, []
+
+    def describe(self) -> str:
+        """Return a table of what was read as what, and a line on bad records, if there were any."""
+        lines = [f"{'read as':16} {'inputs':>10} {'documents':>14} {'MB':>12}"]
+        for name, kind in sorted(self.kinds.items()):
+            megabytes = kind.source_bytes / 1e6
+            lines.append(f"{name:16} {kind.inputs:>10,} {kind.documents:>14,} {megabytes:>12,.1f}")
+        if self.bad:
+            more = ", ..." if self.bad > len(self.faults) else ""
+            lines.append(
+                printable(f"left out {self.bad:,} bad line{'s' * (self.bad != 1)}: {', '.join(self.faults)}{more}")
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The documents of some inputs, in order: each record of a file of records, each text file as a whole.
+
+    Attributes:
+        sources: the inputs, and what was skipped to find them.
+        json_key: where records (JSON, CSV, Parquet) hold their text.
+        max_bytes: stop before the document that would go above this many bytes, decompressed.
+        limit: stop after this many documents.
+        skip_bad_lines: leave out up to this many records without text.
+        counts: of the last iteration.
+    """
+
+    sources: Sources
     json_key: str = "text"
     max_bytes: int | None = None
     limit: int | None = None
+    skip_bad_lines: int = 0
+    counts: ReadCounts = field(default_factory=ReadCounts, compare=False)
 
     @property
-    def total_bytes(self) -> int:
-        """Bytes of input; fewer are read where ``limit`` stops earlier."""
-        total = sum(path.stat().st_size for path in self.paths)
-        return total if self.max_bytes is None else min(total, self.max_bytes)
+    def total_bytes(self) -> int | None:
+        """Bytes of input, compressed as they are; fewer are read where ``limit`` stops earlier. None if not known."""
+        sizes = [source.size for source in self.sources.read if source.size is not None]
+        if len(sizes) < len(self.sources.read):
+            return None
+        if self.max_bytes is None:
+            return sum(sizes)
+        compressed = any(source.compression or source.format == "parquet" for source in self.sources.read)
+        return None if compressed else min(sum(sizes), self.max_bytes)
 
     def __iter__(self) -> Iterator[Document]:
         """Read the documents.
 
         Raises:
-            UsageError: for a file that cannot be read, is not UTF-8, or holds a line without the key.
+            UsageError: for an input that cannot be read to its end, or one record without text more than
+                ``skip_bad_lines`` allows.
         """
+        self.counts.clear()
         remaining = math.inf if self.max_bytes is None else self.max_bytes
-        for number, document in enumerate(self._read_all()):
-            remaining -= document.source_bytes
-            if remaining < 0 or number == self.limit:
+        for number, (document, size) in enumerate(self._read_all(), start=1):
+            remaining -= size
+            if remaining < 0:
                 return
             yield document
+            if number == self.limit:
+                return
 
-    def _read_all(self) -> Iterator[Document]:
-        for path in self.paths:
+    def _read_all(self) -> Iterator[tuple[Document, int]]:
+        """Yield the documents with their bytes, decompressed."""
+        for source in self.sources.read:
             try:
-                if path.suffix in JSON_LINES_SUFFIXES:
-                    yield from _read_json_lines(path, self.json_key)
-                else:
-                    yield _read_text(path)
+                with Stream(source.path) as stream:
+                    yield from self._read(source, stream)
             except OSError as error:
-                raise UsageError(f"{path} cannot be read: {error.strerror}; check the path") from error
+                reason = error.strerror or str(error)
+                raise UsageError(f"{name_of(source.path)} cannot be read: {reason}; check the path") from error
 
+    def _read(self, source: Source, stream: Stream) -> Iterator[tuple[Document, int]]:
+        format = source.format
+        if format == AUTO:
+            detected = detect(stream.head, head_is_all=stream.head_is_all, path=source.path, key=self.json_key)
+            format = accepted(source.path, detected)
+        kind = self.counts.kinds.setdefault(kind_name(format, stream.compression), _Kind())
+        kind.inputs += 1
+        before = 0
+        for record in read_records(stream, format, self.json_key):
+            if record.fault:
+                self._leave_out(record.fault)
+                continue
+            read, before = stream.consumed - before, stream.consumed
+            kind.documents += 1
+            kind.source_bytes += read
+            yield Document(record.text, read), record.size
 
-def find_files(inputs: Sequence[str | os.PathLike[str]], suffixes: Sequence[str] = FOLDER_SUFFIXES) -> tuple[Path, ...]:
-    """Return the files that inputs stand for, in order.
+    def _leave_out(self, fault: str) -> None:
+        """Count a record without text.
 
-    Args:
-        inputs: files, taken as they are, and folders, searched to any depth in the order of their paths.
-        suffixes: which files of a folder are taken.
-
-    Raises:
-        UsageError: when an input does not exist, or a folder holds no such file.
-    """
-    files: list[Path] = []
-    for path in map(Path, inputs):
-        if path.is_dir():
-            found = sorted(file for file in _walk(path) if file.suffix in suffixes)
-            if not found:
-                raise UsageError(f"folder {path} holds no {', '.join(suffixes)} file; name others with --suffixes")
-            files += found
-        elif path.is_file():
-            files.append(path)
-        else:
-            raise UsageError(f"input {path} does not exist; give text files, JSON-lines files or folders")
-    return tuple(files)
+        Raises:
+            UsageError: when no more of these are allowed.
+        """
+        if self.counts.bad == self.skip_bad_lines:
+            allowed = f" (bad lines left out before: {self.counts.bad:,})" if self.skip_bad_lines else ""
+            raise UsageError(f"{fault}{allowed}; --skip-bad-lines N leaves out up to N bad lines")
+        self.counts.bad += 1
+        if len(self.counts.faults) < _FAULTS_SHOWN:
+            self.counts.faults.append(fault)
 
 
 def python_corpus_paths(
@@ -140,7 +202,7 @@ def _python_files(suffixes: Sequence[str]) -> Iterator[tuple[str, Path]]:
                 yield f"{kind}/{path.relative_to(root).as_posix()}", path
 
 
-def _walk(root: Path, skip: Sequence[str] = ("__pycache__",)) -> Iterator[Path]:
+def _walk(root: Path, skip: Sequence[str]) -> Iterator[Path]:
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in skip]
         yield from (path for name in names if (path := Path(folder, name)).is_file())
@@ -154,34 +216,3 @@ def _is_text(content: bytes) -> bool:
     except UnicodeDecodeError:
         return False
     return True
-
-
-def _read_text(path: Path) -> Document:
-    content = path.read_bytes()
-    try:
-        return Document(content.decode(), len(content))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text (byte {error.start}); convert it or leave it out") from error
-
-
-def _read_json_lines(path: Path, key: str) -> Iterator[Document]:
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                yield Document(_parse_line(line, key, f"{path}:{number}"), len(line))
-
-
-def _parse_line(line: bytes, key: str, where: str) -> str:
-    try:
-        fields = json.loads(line)
-    except ValueError as error:
-        raise UsageError(f"{where} is not JSON ({error}); a JSON-lines file holds one object a line") from error
-    text = fields.get(key) if isinstance(fields, dict) else None
-    if not isinstance(text, str):
-        keys = ", ".join(sorted(fields)) if isinstance(fields, dict) else "none, as it is no object"
-        raise UsageError(f"{where} has no text under {key!r} (its keys: {keys}); name the key with --json-key")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(f"{where} holds half a surrogate pair, which is no text; mend the line") from error
-    return text

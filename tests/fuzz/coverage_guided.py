@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 # By name, before what is instrumented is imported.
-TARGETS = ("idx", "npy", "values", "safetensors", "tokenizer", "tracker", "checksums", "metadata", "yaml")
+TARGETS = ("idx", "npy", "values", "safetensors", "tokenizer", "tracker", "checksums", "metadata", "corpus", "yaml")
 INSTRUMENTED = ["megatron_hyperp", "pickle", "json", "yaml", "zipfile"]
 
 

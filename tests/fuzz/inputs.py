@@ -9,6 +9,7 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -20,8 +21,11 @@ from megatron_hyperp.convert.source import Source
 from megatron_hyperp.convert.storage import CheckpointReader
 from megatron_hyperp.convert.tensor_files import TensorReader
 from megatron_hyperp.convert.writing import Layout
+from megatron_hyperp.data import streams
+from megatron_hyperp.data.corpus import Corpus
 from megatron_hyperp.data.datasets import _is_whole_array
 from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
+from megatron_hyperp.data.sources import find_sources
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.pickles import load_metadata, load_values
@@ -107,6 +111,18 @@ def read_checksums(path: Path) -> None:
     """Compare what they say."""
     checksums.first_fault(path.parent)
     checksums.faults(path.parent)
+
+
+def json_lines() -> bytes:
+    """A few documents."""
+    return b'{"id": 1, "text": "a\\u00e9\\n"}\n{"text": "", "id": [2, {"a": null}]}\n\n{"text": "\xc3\xa9"}\n'
+
+
+def read_documents(path: Path) -> None:
+    """All of a corpus, bad lines left out; compressed data may not ask for as much memory as it may otherwise."""
+    with mock.patch.multiple(streams, ZSTD_WINDOW=2**23, XZ_MEMORY=2**27):
+        for _ in Corpus(find_sources([path]), skip_bad_lines=10):
+            pass
 
 
 def safetensors() -> bytes:
@@ -211,6 +227,7 @@ FILES: dict[str, tuple[Callable[[], bytes], Callable[[Path, bytes], Any], tuple[
         read_file(checksums.FILE, read_checksums),
         (ValueError,),
     ),
+    "corpus": (json_lines, read_file("corpus", read_documents), (UsageError,)),
     "metadata": (lambda: _METADATA, read_file(".metadata", load_metadata), (UsageError,)),
 }
 

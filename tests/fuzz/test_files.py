@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import pickle
 import struct
 import zipfile
@@ -13,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -220,3 +224,26 @@ def test_tracker(folder: Path, content: bytes) -> None:
 def test_checksums(folder: Path, content: bytes) -> None:
     read("checksums", folder, content)
     (folder / "checksums.json").unlink(missing_ok=True)
+
+
+LINES = inputs.json_lines()
+OTHERS = [
+    json.dumps([{"text": "a", "id": 1}, {"text": "b"}], indent=1).encode(),
+    b'text,id\r\na,1\r\n"b\n""c""",2\r\n',
+    b"id\ttext\n1\ta\n",
+    gzip.compress(LINES) + gzip.compress(LINES),
+    bz2.compress(LINES),
+    lzma.compress(LINES),
+    zstandard.ZstdCompressor().compress(LINES),
+]
+
+
+@fuzzed(300)
+@given(st.one_of(damaged(LINES), json_files({"text": "a", "id": 1}), *map(damaged, OTHERS)))
+@example(b"[" * 100_000)
+@example(b'[{"text": ' + b"[" * 100_000)
+@example(b'{"text": ' + b"1" * 5000 + b"}")
+@example(gzip.compress(bytes(2**24)))
+@example(b'text,id\n"' + b"x" * 300_000)
+def test_corpus(folder: Path, content: bytes) -> None:
+    read("corpus", folder, content)

@@ -8,63 +8,44 @@ from pathlib import Path
 import pytest
 
 from megatron_hyperp.data.arguments import parse_bytes
-from megatron_hyperp.data.corpus import Corpus, find_files, python_corpus_paths
+from megatron_hyperp.data.corpus import Corpus, python_corpus_paths
+from megatron_hyperp.data.sources import Source, Sources, find_sources
 from megatron_hyperp.errors import UsageError
 
 
 def test_text_files_and_folders_are_read_in_order(tmp_path: Path) -> None:
     (tmp_path / "sub" / "__pycache__").mkdir(parents=True)
-    texts = {"b.txt": "second\r\n", "a.py": "first", "sub/c.md": "third \ufeff", "sub/d.bin": "no"}
+    texts = {"b.txt": "second\r\n", "a.py": "first", "sub/c.md": "third \ufeff", "sub/d.bin": "4"}
     for name, text in {**texts, "sub/__pycache__/e.txt": "no"}.items():
         (tmp_path / name).write_bytes(text.encode())
-    corpus = Corpus(find_files([tmp_path]))
-    assert [document.text for document in corpus] == ["first", "second\r\n", "third \ufeff"]
+    corpus = Corpus(find_sources([tmp_path]))
+    assert [document.text for document in corpus] == ["first", "second\r\n", "third \ufeff", "4"]
     assert corpus.total_bytes == sum(document.source_bytes for document in corpus)
-    named = Corpus(find_files([tmp_path / "sub" / "d.bin", tmp_path / "b.txt"]))
-    assert [document.text for document in named] == ["no", "second\r\n"]
-    assert [path.name for path in find_files([tmp_path], [".bin"])] == ["d.bin"]
+    named = Corpus(find_sources([tmp_path / "sub" / "d.bin", tmp_path / "b.txt"]))
+    assert [document.text for document in named] == ["4", "second\r\n"]
+    assert [source.path.name for source in find_sources([tmp_path], suffixes=[".bin"]).read] == ["d.bin"]
 
 
 def test_json_lines_are_read(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "one\\n", "body": "1"}\n\n{"body": "2", "text": "two"}')
-    assert [document.text for document in Corpus((path,))] == ["one\n", "two"]
-    assert [document.text for document in Corpus((path,), json_key="body")] == ["1", "2"]
+    assert [document.text for document in Corpus(find_sources([path]))] == ["one\n", "two"]
+    assert [document.text for document in Corpus(find_sources([path]), json_key="body")] == ["1", "2"]
 
 
 def test_limits_stop_before_the_document_that_exceeds_them(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_text('{"text": "a"}\n' * 5)
-    assert len(list(Corpus((path,), limit=3))) == 3
-    assert len(list(Corpus((path,), max_bytes=14 * 2 + 13))) == 2
-    assert len(list(Corpus((path,), max_bytes=10**6, limit=10**6))) == 5
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"\xff\xfe", r"a\.txt is not UTF-8 text \(byte 0\)"),
-        ("a.jsonl", b'{"text": "a"}\n{"text"', r"a\.jsonl:2 is not JSON"),
-        ("a.jsonl", b'{"txt": "a", "id": 1}\n', r"a\.jsonl:1 has no text under 'text' \(its keys: id, txt\)"),
-        ("a.jsonl", b'{"text": 1}\n', r"a\.jsonl:1 has no text"),
-        ("a.jsonl", b"[1]\n", r"a\.jsonl:1 has no text .* no object"),
-        ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1 is not JSON"),
-        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1 holds half a surrogate pair"),
-    ],
-)
-def test_bad_documents_are_refused(tmp_path: Path, name: str, content: bytes, message: str) -> None:
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match=message):
-        list(Corpus((tmp_path / name,)))
+    assert len(list(Corpus(find_sources([path]), limit=3))) == 3
+    assert len(list(Corpus(find_sources([path]), max_bytes=14 * 2 + 13))) == 2
+    assert len(list(Corpus(find_sources([path]), max_bytes=10**6, limit=10**6))) == 5
 
 
 def test_missing_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="absent does not exist"):
-        find_files([tmp_path / "absent"])
-    with pytest.raises(UsageError, match=r"holds no \.txt"):
-        find_files([tmp_path], [".txt"])
-    with pytest.raises(UsageError, match=r"gone\.txt cannot be read"):
-        list(Corpus((tmp_path / "gone.txt",)))
+        find_sources([tmp_path / "absent"])
+    with pytest.raises(UsageError, match=r"gone\.txt cannot be read: No such file"):
+        list(Corpus(Sources([Source(tmp_path / "gone.txt", "text")])))
 
 
 def test_python_corpus_is_text_without_repetition_and_mixed() -> None:

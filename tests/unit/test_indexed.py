@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +29,7 @@ from megatron_hyperp.data.indexed import (
 )
 from megatron_hyperp.data.tokenizer import NullTokenizer, load_tokenizer, train_sentencepiece
 from megatron_hyperp.errors import UsageError
+from tools import preprocess_data, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 TOKENIZER = NullTokenizer(1000)
@@ -330,6 +334,36 @@ def test_command_lines_refuse_in_one_line(tmp_path: Path, prefix: Path) -> None:
     assert not (tmp_path / "new.bin").exists()
     trained = run_tool("train_tokenizer.py", "--input", text, "--vocab-size", 9000, "--output", tmp_path / "tok")
     check_one_error_line(trained, "a vocabulary of 9000 cannot be trained")
+
+
+def test_the_corpus_of_a_folder_is_the_same_for_any_number_of_workers(tmp_path: Path, capsys: Any) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    lines = "".join(json.dumps({"text": document.text}) + "\n" for document in numbers(3000, length=200))
+    (folder / "b").write_bytes(gzip.compress(lines.encode()) + gzip.compress(b'{"text": null}\n'))
+    (folder / "a.csv").write_text("id,text\nx,1 2\n")
+    (folder / "README.md").write_text("# no token ids")
+    words = ["--input", str(folder), "--tokenizer", "null:1000", "--skip-bad-lines", "1"]
+    for workers in ("1", "2"):
+        preprocess_data.main([*words, "--output-prefix", str(tmp_path / workers), "--workers", workers])
+        printed = capsys.readouterr().out
+        assert "skipped 1 (1 plain text next to records: README.md)\n" in printed
+        assert re.search(r"\ncsv +1 +1 +0\.0\njsonl \(gzip\) +1 +3,000 +\d\.\d\n", printed)
+        assert re.search(r"\nleft out 1 bad line: \S+/b:3001 has no text .*\n3,001 documents, ", printed)
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"1{suffix}").read_bytes() == (tmp_path / f"2{suffix}").read_bytes()
+    (folder / "b").write_bytes((folder / "b").read_bytes()[:-30])
+    with pytest.raises(UsageError, match="b is truncated"):
+        preprocess_data.main([*words, "--output-prefix", str(tmp_path / "3"), "--workers", "2"])
+    assert not list(tmp_path.glob("3*"))
+
+
+def test_a_tokenizer_is_not_trained_on_part_of_its_texts(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_bytes(gzip.compress(b"".join(b'{"text": "%d and more"}\n' % number for number in range(9000)))[:-9])
+    with pytest.raises(UsageError, match="text is truncated"):
+        train_tokenizer.main(["--input", str(text), "--vocab-size", "300", "--output", str(tmp_path / "tok")])
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
 def test_damaged_prefix_through_a_command_line(prefix: Path) -> None:
