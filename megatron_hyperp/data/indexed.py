@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_hyperp.data import settings
 from megatron_hyperp.data.corpus import Document
 from megatron_hyperp.data.encoding import encode
 from megatron_hyperp.data.tokenizer import Tokenizer
@@ -60,6 +61,7 @@ def write_corpus(
     *,
     workers: int = 1,
     append_eod: bool = True,
+    prepend_bos: bool = False,
     overwrite: bool = False,
     total_bytes: int | None = None,
 ) -> CorpusSummary:
@@ -74,11 +76,13 @@ def write_corpus(
         tokenizer: it encodes the text.
         workers: number of tokenizing processes; 1 tokenizes in this process.
         append_eod: end each document with the end-of-document token.
+        prepend_bos: begin each document with the beginning-of-sequence token; ``prefix.settings.json`` records it.
         overwrite: replace files that exist.
         total_bytes: sum of ``source_bytes`` over the documents, for the progress lines.
 
     Raises:
-        UsageError: when a file exists and ``overwrite`` is off, cannot be written, or no document has text.
+        UsageError: when a file exists and ``overwrite`` is off, cannot be written, no document has text, or the
+            tokenizer has no beginning-of-sequence token to begin documents with.
     """
     files = prefix_files(prefix)
     for path in files:
@@ -87,7 +91,7 @@ def write_corpus(
     written = empty = tokens = text_bytes = 0
     with _open_builder(files, tokenizer.vocab_size) as builder, _Progress(total_bytes) as progress:
         started = time.monotonic()
-        for batch in encode(documents, tokenizer, append_eod=append_eod, workers=workers):
+        for batch in encode(documents, tokenizer, append_eod=append_eod, prepend_bos=prepend_bos, workers=workers):
             for document in batch.documents:
                 builder.add_document(document, [len(document)])
                 tokens += len(document)
@@ -97,6 +101,7 @@ def write_corpus(
             progress.advance(len(batch.documents), batch.source_bytes)
         if not written:
             raise UsageError("the input holds no document with text; check --input and --json-key")
+    settings.write(files[0], settings.CorpusSettings(prepend_bos=prepend_bos))
     return CorpusSummary(written, empty, tokens, text_bytes, time.monotonic() - started, files)
 
 
@@ -115,9 +120,10 @@ def _open_builder(files: tuple[Path, Path], vocab_size: int) -> Iterator[Any]:
     try:
         yield builder
         builder.finalize(str(idx_temporary))
-        # An old index, or old checksums, must never stand beside new data.
+        # An old index, old checksums or old settings must never stand beside new data.
         idx_path.unlink(missing_ok=True)
         checksums_file(bin_path).unlink(missing_ok=True)
+        settings.settings_file(bin_path).unlink(missing_ok=True)
         os.replace(bin_temporary, bin_path)
         os.replace(idx_temporary, idx_path)
     finally:
