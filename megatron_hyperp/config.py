@@ -53,9 +53,18 @@ class ModelConfig:
     num_query_groups: int = knob(0, "key-value heads, for grouped queries [gcd(4, heads) with --depth, else the heads]")
     kv_channels: int = knob(0, "head size [aspect ratio with --depth, else hidden size / heads]")
     seq_length: int = knob(4096, "tokens per training sequence", POSITIVE)
+    max_position_embeddings: int = knob(
+        0, "positions that exports and generation allow, such as an imported model's; at least [--seq-length]"
+    )
     vocab_size: int = knob(0, "rows of the embedding [the tokenizer's, padded up]")
+    unpadded_vocab_size: int = knob(
+        0, "rows of the embedding before padding: exports have no others [the tokenizer's vocabulary]"
+    )
     make_vocab_size_divisible_by: int = knob(
-        128, "the tokenizer's vocabulary is padded to a multiple of this", POSITIVE
+        128,
+        "the tokenizer's vocabulary is padded to a multiple of this, times the tensor-parallel ranks if they do not"
+        " divide that",
+        POSITIVE,
     )
     qk_layernorm: bool = knob(True, "RMSNorm on queries and keys")
     untie_embeddings_and_output_weights: bool = knob(True, "separate token embedding and output layer")
@@ -212,7 +221,14 @@ class DataConfig:
         default_factory=list, metadata={"help": "PREFIX ..., or WEIGHT PREFIX WEIGHT PREFIX ..."}
     )
     split: str = knob("969,30,1", "shares of training, validation and test documents")
-    tokenizer_model: str | None = knob(None, "SentencePiece .model, Hugging Face tokenizer.json, or null:VOCABULARY")
+    tokenizer_model: str | None = knob(
+        None, "SentencePiece model, Hugging Face tokenizer.json, a folder with one of them, or null:VOCABULARY"
+    )
+    prepend_bos: bool = knob(
+        False,
+        "documents begin with the beginning-of-sequence token; corpora of tools/preprocess_data.py record it, so that"
+        " only others need the flag",
+    )
     data_cache_path: str | None = knob(None, "folder of the index caches [beside the data]")
     num_workers: int = knob(0, "data-loading processes per rank")
     eod_mask_loss: bool = knob(False, "no loss on end-of-document tokens")

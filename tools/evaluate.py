@@ -1,13 +1,14 @@
 """Loss and perplexity of a checkpoint of ours on a corpus (tools/preprocess_data.py), on one device, in fp32.
 
 Documents are read one after the other, as in training, in windows of the model's length; each token but the first is
-predicted once. A model that no device holds is evaluated by its export to Hugging Face (docs/checkpoints.md).
+predicted once, among all rows of the embedding, those of padding included, as in training. A model that no device holds is evaluated by its export to Hugging Face (docs/checkpoints.md).
 """
 
 import argparse
 import json
 
 from megatron_hyperp.convert.hyperp import HyperPSource
+from megatron_hyperp.data import settings
 from megatron_hyperp.data.arguments import positive_int
 from megatron_hyperp.data.datasets import check_vocabulary
 from megatron_hyperp.data.indexed import check_prefix
@@ -28,6 +29,7 @@ def main(argv: list[str]) -> None:
     source = HyperPSource(options.checkpoint)
     info = check_prefix(options.data_path)
     check_vocabulary(options.data_path, source.config.model.vocab_size)
+    _check_settings(options.data_path, prepend_bos=source.config.data.prepend_bos)
     if info.num_tokens < 2:
         raise UsageError(f"{options.data_path} has {info.num_tokens} token(s), of which none can be predicted")
     sequences = windows(options.data_path, source.config.model.seq_length, options.tokens)
@@ -37,6 +39,17 @@ def main(argv: list[str]) -> None:
         print(json.dumps({"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}))
     else:
         print(f"loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, over {result.tokens:,} tokens")
+
+
+def _check_settings(prefix: str, *, prepend_bos: bool) -> None:
+    """Refuse a corpus whose documents are known to begin otherwise than those of the training."""
+    found = settings.read(prefix)
+    if found is not None and found.prepend_bos != prepend_bos:
+        begin = {True: "begin with the beginning-of-sequence token", False: "do not"}
+        raise UsageError(
+            f"documents of {prefix} {begin[found.prepend_bos]}, those of the training {begin[prepend_bos]}; preprocess"
+            f" it again with --{'' if prepend_bos else 'no-'}prepend-bos"
+        )
 
 
 if __name__ == "__main__":

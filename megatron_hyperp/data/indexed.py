@@ -236,6 +236,12 @@ def check_prefix(prefix: str | os.PathLike[str]) -> PrefixInfo:
     return PrefixInfo(os.fspath(prefix), boundaries - 1, sequences, tokens, dtype, digest)
 
 
+def first_token(prefix: str | os.PathLike[str]) -> int:
+    """Return the first token of a corpus. Raises: as :func:`check_prefix`."""
+    info = check_prefix(prefix)
+    return int(_map_array(prefix_files(prefix)[0], info.dtype, 0, 1)[0])
+
+
 def check_vocabulary(prefix: str | os.PathLike[str], vocab_size: int, *, full_scan_bytes: int = 256_000_000) -> int:
     """Check that the token ids of a prefix are below ``vocab_size``.
 

@@ -12,10 +12,11 @@ import torch.distributed as dist
 
 from megatron_hyperp import checksums, device, libraries
 from megatron_hyperp.config import Config
+from megatron_hyperp.data import settings
 from megatron_hyperp.data.content import check_content
 from megatron_hyperp.data.datasets import parse_blend
-from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
-from megatron_hyperp.data.tokenizer import load_tokenizer
+from megatron_hyperp.data.indexed import check_prefix, check_vocabulary, first_token
+from megatron_hyperp.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.orthogonalize import check_backend
 from megatron_hyperp.training import alarms, checkpointing, determinism, profiling
@@ -61,6 +62,7 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
         check_backend(options.ns_backend, dtype)
     except UsageError as error:
         raise UsageError(f"--ns-backend {options.ns_backend}: {error}") from error
+    _take_corpus_settings(config, tokenizer)
     for _, prefix in parse_blend(config.data.data_path):
         check_prefix(prefix)
         check_content(prefix, most_bytes=CORPUS_READ_IN_FULL)
@@ -76,6 +78,20 @@ def check(config: Config, world_size: int) -> tuple[Config, Any, Path | None]:
             same_on_all_ranks=True,
         )
     return config, tokenizer, _checkpoint_to_load(config)
+
+
+def _take_corpus_settings(config: Config, tokenizer: Tokenizer) -> None:
+    """Set in the config how the documents of its corpora begin, which exports, evaluation and generation follow."""
+    prefixes = [prefix for _, prefix in parse_blend(config.data.data_path)]
+    config.data.prepend_bos = settings.blend_prepends_bos(prefixes, asked=config.data.prepend_bos)
+    start = tokenizer.document_start(prepend_bos=config.data.prepend_bos)
+    for prefix in prefixes:
+        if start and (token := first_token(prefix)) not in start:
+            raise UsageError(
+                f"the first document of {prefix} begins with token {token}, not with the beginning-of-sequence token"
+                f" {start[0]} of --tokenizer-model; give the tokenizer it was preprocessed with, or leave out"
+                " --prepend-bos"
+            )
 
 
 def check_reports(config: Config, world_size: int) -> None:
