@@ -80,6 +80,11 @@ class ModelConfig:
     )
     output_init_std: float = knob(0.02, "initial standard deviation of the output layer; fixes its sphere", POSITIVE)
 
+    @property
+    def positions(self) -> int:
+        """The positions that the model is declared to have: an imported model's own, or those of its training."""
+        return self.max_position_embeddings or self.seq_length
+
 
 @dataclass(kw_only=True, slots=True)
 class MoEConfig:

@@ -232,9 +232,10 @@ def _check_expert_parallelism(config: Config, world_size: int) -> None:
 
 
 def padded_vocabulary(tokens: int, multiple: int, tensor_ranks: int) -> int:
-    """Return the rows of an embedding: tokens padded to a multiple, times the ranks that share it if they must divide it.
+    """Return the rows of an embedding: its tokens, padded to a multiple.
 
-    Megatron-LM always pads to the multiple times the ranks; here a model does not depend on ranks that divide it anyway.
+    Megatron-LM pads to the multiple times the tensor-parallel ranks. Here that is done only if the ranks would not
+    divide the rows otherwise, so that the model does not depend on the layout.
     """
     rows = math.ceil(tokens / multiple) * multiple
     if rows % tensor_ranks:

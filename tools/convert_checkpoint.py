@@ -29,7 +29,19 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--ep", type=int, default=1, help="expert-parallel ranks [1]")
     result.add_argument("--max-shard-size", help="with --to hf: of a safetensors file [5GB]")
     result.add_argument(
-        "--tokenizer", help="with --to hf: SentencePiece .model, tokenizer.json, or none [the one of the training]"
+        "--tokenizer",
+        help="with --to hf: SentencePiece model, tokenizer.json, a folder with one, or none [the one of the training]",
+    )
+    result.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        help="documents begin with the beginning-of-sequence token, and exported tokenizers add it [as the training's"
+        " corpora, or as an imported tokenizer]",
+    )
+    result.add_argument(
+        "--keep-padding",
+        action="store_true",
+        help="with --to hf: write the rows of the vocabulary that are padding [they are cut]",
     )
     result.add_argument(
         "--radius",
@@ -61,6 +73,8 @@ def main(argv: list[str]) -> None:
         average=options.average,
         weights_only=options.weights_only,
         verify=options.verify,
+        keep_padding=options.keep_padding,
+        prepend_bos=options.prepend_bos,
         config=options.config,
     )
     convert(job, dry_run=options.dry_run)

@@ -1,7 +1,8 @@
 """Loss and perplexity of a checkpoint of ours on a corpus (tools/preprocess_data.py), on one device, in fp32.
 
 Documents are read one after the other, as in training, in windows of the model's length; each token but the first is
-predicted once, among all rows of the embedding, those of padding included, as in training. A model that no device holds is evaluated by its export to Hugging Face (docs/checkpoints.md).
+predicted once. The padding of the vocabulary takes part in the softmax, as in training. A model that no device holds is
+evaluated by its export to Hugging Face (docs/checkpoints.md), where that padding is cut.
 """
 
 import argparse

@@ -298,7 +298,12 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
             return HuggingFaceTokenizer(path, content)
     except OSError as error:
         raise UsageError(f"tokenizer {path} cannot be read: {error.strerror}; check the path") from error
-    return SentencePieceTokenizer(content, str(path))
+    tokenizer = SentencePieceTokenizer(content, str(path))
+    config = read_tokenizer_config(path.with_name(TOKENIZER_CONFIG))
+    llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    # Transformers' class for these models adds it unless the config says otherwise.
+    tokenizer.adds_bos = tokenizer.bos >= 0 and config.get("add_bos_token", llama) is True
+    return tokenizer
 
 
 def train_sentencepiece(
