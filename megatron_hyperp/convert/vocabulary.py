@@ -80,9 +80,13 @@ def unknown_ids(tokenizer: Tokenizer | None, rows: int) -> list[int]:
 
 
 def padded_for_ranks(source: Source, tensor_ranks: int) -> Source:
-    """Return a source whose vocabulary tensor-parallel ranks can share, padded if they cannot share it as it is."""
+    """Return a source whose vocabulary tensor-parallel ranks can share, padded if they cannot share it as it is.
+
+    It is padded as Megatron-LM pads for so many ranks: to a multiple of ``make_vocab_size_divisible_by`` x ranks.
+    """
     model = source.config.model
     if model.vocab_size % tensor_ranks == 0:
         return source
-    rows = padded_vocabulary(model.vocab_size, model.make_vocab_size_divisible_by, tensor_ranks)
+    multiple = model.make_vocab_size_divisible_by * tensor_ranks
+    rows = padded_vocabulary(model.vocab_size, multiple, tensor_ranks)
     return ResizedSource(source, rows)

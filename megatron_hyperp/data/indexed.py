@@ -89,7 +89,8 @@ def write_corpus(
         if path.exists() and not overwrite:
             raise UsageError(f"{path} exists; pass --overwrite to replace it or choose another --output-prefix")
     written = empty = tokens = text_bytes = 0
-    with _open_builder(files, tokenizer.vocab_size) as builder, _Progress(total_bytes) as progress:
+    made = settings.CorpusSettings(prepend_bos=prepend_bos)
+    with _open_builder(files, tokenizer.vocab_size, made) as builder, _Progress(total_bytes) as progress:
         started = time.monotonic()
         for batch in encode(documents, tokenizer, append_eod=append_eod, prepend_bos=prepend_bos, workers=workers):
             for document in batch.documents:
@@ -101,12 +102,11 @@ def write_corpus(
             progress.advance(len(batch.documents), batch.source_bytes)
         if not written:
             raise UsageError("the input holds no document with text; check --input and --json-key")
-    settings.write(files[0], settings.CorpusSettings(prepend_bos=prepend_bos))
     return CorpusSummary(written, empty, tokens, text_bytes, time.monotonic() - started, files)
 
 
 @contextmanager
-def _open_builder(files: tuple[Path, Path], vocab_size: int) -> Iterator[Any]:
+def _open_builder(files: tuple[Path, Path], vocab_size: int, made: settings.CorpusSettings) -> Iterator[Any]:
     """Open Megatron's writer on temporary names; the files get their own names once all is written."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -120,10 +120,10 @@ def _open_builder(files: tuple[Path, Path], vocab_size: int) -> Iterator[Any]:
     try:
         yield builder
         builder.finalize(str(idx_temporary))
-        # An old index, old checksums or old settings must never stand beside new data.
+        # An old index or old checksums must never stand beside new data, nor that without its settings.
         idx_path.unlink(missing_ok=True)
         checksums_file(bin_path).unlink(missing_ok=True)
-        settings.settings_file(bin_path).unlink(missing_ok=True)
+        settings.write(bin_path, made)
         os.replace(bin_temporary, bin_path)
         os.replace(idx_temporary, idx_path)
     finally:
