@@ -190,12 +190,13 @@ def test_tiktoken_files_are_named(tmp_path: Path, name: str) -> None:
         load_tokenizer(tmp_path / name)
 
 
-def test_an_export_splits_special_tokens_as_its_source_does(sentencepiece_path: Path, tmp_path: Path) -> None:
+def test_an_export_splits_special_tokens_as_its_source_does(tmp_path: Path) -> None:
     """A SentencePiece model spells the text of a special token in pieces; so does the tokenizer.json made of it."""
-    ours = load_tokenizer(sentencepiece_path)
-    hf_tokenizer.write(tmp_path, str(sentencepiece_path), max_length=64)
+    path = train_sentencepiece([SOURCE], tmp_path / "source", vocab_size=400)
+    ours = load_tokenizer(path)
+    hf_tokenizer.write(tmp_path, str(path), max_length=64)
     copies = [load_tokenizer(tmp_path), pickle.loads(pickle.dumps(load_tokenizer(tmp_path / "tokenizer.json")))]
-    for text in AWKWARD_TEXTS[1:]:
+    for text in AWKWARD_TEXTS:
         assert [copy.encode(text) for copy in copies] == [ours.encode(text)] * 2
 
 
