@@ -105,7 +105,15 @@ def _differing_text(fast: Any, tokenizer: Tokenizer, start: list[int]) -> str | 
     fast.no_truncation()
     fast.no_padding()
     fast.encode_special_tokens = getattr(tokenizer, "splits_special_tokens", True)
-    return next((text for text in _PROBES if list(fast.encode(text).ids) != start + tokenizer.encode(text)), None)
+    for text in _PROBES:
+        try:
+            ours = start + tokenizer.encode(text)
+        except UsageError:
+            # A vocabulary without bytes or an unknown token spells no other text either.
+            continue
+        if list(fast.encode(text).ids) != ours:
+            return text
+    return None
 
 
 def _post_processor(given: dict[str, Any] | None, begin: list[tuple[str, int]]) -> dict[str, Any] | None:

@@ -81,14 +81,18 @@ def test_training_records_what_its_corpora_have(tmp_path: Path, tokenizer: Path)
         checked(plain, prepend_bos=True)
 
 
+@pytest.mark.parametrize("qk_layernorm", [False, True], ids=["Llama", "Qwen3"])
 @pytest.mark.parametrize("prepend_bos", [False, True], ids=["without", "with"])
 @pytest.mark.parametrize("kind", POST_PROCESSORS)
-def test_an_export_gives_the_ids_of_the_training(tmp_path: Path, kind: str, prepend_bos: bool) -> None:
+def test_an_export_gives_the_ids_of_the_training(
+    tmp_path: Path, kind: str, prepend_bos: bool, qk_layernorm: bool
+) -> None:
     from transformers import AutoTokenizer
 
     path = write_tokenizer(tmp_path, POST_PROCESSORS[kind])
     ours = load_tokenizer(path)
-    source = RandomSource(model_config(vocab_size=512, tokenizer_model=str(path), prepend_bos=prepend_bos))
+    fields = {"vocab_size": 512, "prepend_bos": prepend_bos, "qk_layernorm": qk_layernorm}
+    source = RandomSource(model_config(tokenizer_model=str(path), **fields))
     folder = tmp_path / "hf"
     folder.mkdir()
     huggingface.write(folder, source, dtype=None, shard_bytes=10**9, tokenizer=str(path), advance=lambda _: None)
