@@ -46,10 +46,10 @@ def _check_settings(prefix: str, *, prepend_bos: bool) -> None:
     """Refuse a corpus whose documents are known to begin otherwise than those of the training."""
     found = settings.read(prefix)
     if found is not None and found.prepend_bos != prepend_bos:
-        begin = {True: "begin with the beginning-of-sequence token", False: "do not"}
+        how = {True: "with", False: "without"}
         raise UsageError(
-            f"documents of {prefix} {begin[found.prepend_bos]}, those of the training {begin[prepend_bos]}; preprocess"
-            f" it again with --{'' if prepend_bos else 'no-'}prepend-bos"
+            f"documents of {prefix} begin {how[found.prepend_bos]} a beginning-of-sequence token, those of the training"
+            f" {how[prepend_bos]} one; preprocess it again with --{'' if prepend_bos else 'no-'}prepend-bos"
         )
 
 
