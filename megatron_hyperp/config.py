@@ -67,9 +67,20 @@ class ModelConfig:
     )
     kv_channels: Derived[int] = derived("head size [aspect ratio with --depth, else hidden size / heads]")
     seq_length: int = knob(4096, "tokens per training sequence", POSITIVE)
+    max_position_embeddings: int | None = knob(
+        None,
+        "positions that exports and generation allow, such as an imported model's; at least [--seq-length]",
+        POSITIVE,
+    )
     vocab_size: Derived[int] = derived("rows of the embedding [the tokenizer's, padded up]")
+    unpadded_vocab_size: int | None = knob(
+        None, "rows of the embedding before padding: exports have no others [the tokenizer's vocabulary]", POSITIVE
+    )
     make_vocab_size_divisible_by: int = knob(
-        128, "the tokenizer's vocabulary is padded to a multiple of this", POSITIVE
+        128,
+        "the tokenizer's vocabulary is padded to a multiple of this, times the tensor-parallel ranks if they do not"
+        " divide that",
+        POSITIVE,
     )
     qk_layernorm: bool = knob(True, "RMSNorm on queries and keys")
     untie_embeddings_and_output_weights: bool = knob(True, "separate token embedding and output layer")
@@ -84,6 +95,11 @@ class ModelConfig:
         None, "initial standard deviation of embeddings [1e-4, 0.02 when tied]", POSITIVE
     )
     output_init_std: float = knob(0.02, "initial standard deviation of the output layer; fixes its sphere", POSITIVE)
+
+    @property
+    def positions(self) -> int:
+        """The positions that the model is declared to have: an imported model's own, or those of its training."""
+        return self.seq_length if self.max_position_embeddings is None else self.max_position_embeddings
 
 
 @dataclass(kw_only=True, slots=True)
@@ -239,7 +255,14 @@ class DataConfig:
         False, "train on synthetic data, without --data-path and --tokenizer-model: smoke tests, measurements of speed"
     )
     split: str = knob("969,30,1", "shares of training, validation and test documents")
-    tokenizer_model: str | None = knob(None, "SentencePiece .model, Hugging Face tokenizer.json, or null:VOCABULARY")
+    tokenizer_model: str | None = knob(
+        None, "SentencePiece model, Hugging Face tokenizer.json, a folder with one of them, or null:VOCABULARY"
+    )
+    prepend_bos: bool = knob(
+        False,
+        "documents begin with the beginning-of-sequence token; corpora of tools/preprocess_data.py record it, so that"
+        " only others need the flag",
+    )
     data_cache_path: str | None = knob(None, "folder of the index caches [beside the data]")
     num_workers: int = knob(0, "data-loading processes per rank; 0: the rank loads its data itself")
     eod_mask_loss: bool = knob(False, "no loss on end-of-document tokens")

@@ -34,7 +34,7 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -
         check_ranges(config)
         check_paths(config)
         _check_data(config.data)
-        _resolve_architecture(config.model, tokenizer_vocab_size)
+        _resolve_architecture(config.model, tokenizer_vocab_size, config.parallel.tensor_model_parallel_size)
         _resolve_experts(config.model, config.moe)
         _check_parallelism(config, world_size)
         _resolve_duration(config)
@@ -122,7 +122,7 @@ def _fill_from_depth(model: ModelConfig, depth: int) -> None:
     _fill(model, ffn_hidden_size=4 * model.hidden_size)
 
 
-def _resolve_architecture(model: ModelConfig, tokenizer_vocab_size: int | None) -> None:
+def _resolve_architecture(model: ModelConfig, tokenizer_vocab_size: int | None, tensor_ranks: int) -> None:
     if model.depth is not None:
         _fill_from_depth(model, model.depth)
     for name in ("num_layers", "hidden_size", "num_attention_heads"):
@@ -145,7 +145,12 @@ def _resolve_architecture(model: ModelConfig, tokenizer_vocab_size: int | None) 
             f"--kv-channels is {model.kv_channels}, but rotary embeddings need an even head size,"
             f" {model.kv_channels + 1}, say"
         )
-    _resolve_vocabulary(model, tokenizer_vocab_size)
+    _resolve_vocabulary(model, tokenizer_vocab_size, tensor_ranks)
+    if model.positions < model.seq_length:
+        raise UsageError(
+            f"--max-position-embeddings {model.max_position_embeddings} is less than --seq-length {model.seq_length};"
+            " raise it, or leave it out"
+        )
     if model.embedding_init_std is None:
         model.embedding_init_std = 1e-4 if model.untie_embeddings_and_output_weights else 0.02
     if model.softmax_scale is None:
@@ -276,17 +281,37 @@ def _check_expert_parallelism(config: Config, world_size: int) -> None:
         )
 
 
-def _resolve_vocabulary(model: ModelConfig, tokenizer_vocab_size: int | None) -> None:
+def padded_vocabulary(tokens: int, multiple: int, tensor_ranks: int) -> int:
+    """Return the rows of an embedding: its tokens, padded to a multiple.
+
+    Megatron-LM pads to the multiple times the tensor-parallel ranks. Here that is done only if the ranks would not
+    divide the rows otherwise, so that the model does not depend on the layout.
+    """
+    rows = math.ceil(tokens / multiple) * multiple
+    if rows % tensor_ranks:
+        rows = math.ceil(tokens / (multiple * tensor_ranks)) * multiple * tensor_ranks
+    return rows
+
+
+def _resolve_vocabulary(model: ModelConfig, tokenizer_vocab_size: int | None, tensor_ranks: int) -> None:
+    # An imported model may have rows of its own beyond the tokenizer's ids: its exports keep them.
+    known = max(model.unpadded_vocab_size or 0, tokenizer_vocab_size or 0)
     if model.vocab_size is None:
         if tokenizer_vocab_size is None:
             raise UsageError("the size of the vocabulary is not known; give --tokenizer-model or --vocab-size")
-        multiple = model.make_vocab_size_divisible_by
-        model.vocab_size = math.ceil(tokenizer_vocab_size / multiple) * multiple
+        model.vocab_size = padded_vocabulary(known, model.make_vocab_size_divisible_by, tensor_ranks)
     elif tokenizer_vocab_size is not None and tokenizer_vocab_size > model.vocab_size:
         raise UsageError(
             f"the tokenizer knows {tokenizer_vocab_size} tokens, more than --vocab-size {model.vocab_size};"
             " raise it, or leave it out to take the tokenizer's"
         )
+    if known > model.vocab_size:
+        raise UsageError(
+            f"--unpadded-vocab-size {model.unpadded_vocab_size} is more than --vocab-size {model.vocab_size}; lower it,"
+            " or leave it out to take the tokenizer's"
+        )
+    if tokenizer_vocab_size is not None:
+        model.unpadded_vocab_size = known
 
 
 def _check_parallelism(config: Config, world_size: int) -> None:

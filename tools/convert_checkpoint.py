@@ -34,7 +34,18 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--tokenizer",
         type=local_path,
-        help="with --to hf: SentencePiece .model, tokenizer.json, or none [the one of the training]",
+        help="with --to hf: SentencePiece model, tokenizer.json, a folder with one, or none [the one of the training]",
+    )
+    result.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        help="documents begin with the beginning-of-sequence token, and exported tokenizers add it [as the training's"
+        " corpora, or as an imported tokenizer]",
+    )
+    result.add_argument(
+        "--keep-padding",
+        action="store_true",
+        help="with --to hf: write the rows of the vocabulary that are padding [they are cut]",
     )
     result.add_argument(
         "--radius",
@@ -66,6 +77,8 @@ def main(argv: list[str]) -> None:
         average=options.average,
         weights_only=options.weights_only,
         verify=options.verify,
+        keep_padding=options.keep_padding,
+        prepend_bos=options.prepend_bos,
         config=options.config,
     )
     convert(job, dry_run=options.dry_run)

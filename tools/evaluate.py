@@ -1,14 +1,16 @@
 """Loss and perplexity of a checkpoint of ours on a corpus (tools/preprocess_data.py), on one device, in fp32.
 
 Documents are read one after the other, as in training, in windows of the model's length; each token but the first is
-predicted once. --split takes a part of the documents, by the shares in the checkpoint's config. A model that no device
-holds is evaluated by its export to Hugging Face (docs/checkpoints.md).
+predicted once. --split takes a part of the documents, by the shares in the checkpoint's config. The padding of the
+vocabulary takes part in the softmax, as in training. A model that no device holds is evaluated by its export to Hugging
+Face (docs/checkpoints.md), where that padding is cut.
 """
 
 import argparse
 import json
 
 from megatron_hyperp.convert.hyperp import HyperPSource
+from megatron_hyperp.data import settings
 from megatron_hyperp.data.arguments import positive_int
 from megatron_hyperp.data.datasets import PARTS, documents_of
 from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
@@ -33,6 +35,7 @@ def main(argv: list[str]) -> None:
     source = HyperPSource(options.checkpoint)
     info = check_prefix(options.data_path)
     check_vocabulary(options.data_path, source.config.model.vocab_size)
+    _check_settings(options.data_path, prepend_bos=source.config.data.prepend_bos)
     which = range(info.num_sequences)
     if options.split:
         which = documents_of(source.config.data.split, options.split, info.num_sequences)
@@ -50,6 +53,17 @@ def main(argv: list[str]) -> None:
         print(json.dumps({"loss": result.loss, "perplexity": result.perplexity, "tokens": result.tokens}))
     else:
         print(f"loss {result.loss:.4f}, perplexity {result.perplexity:.2f}, over {result.tokens:,} tokens")
+
+
+def _check_settings(prefix: str, *, prepend_bos: bool) -> None:
+    """Refuse a corpus whose documents are known to begin otherwise than those of the training."""
+    found = settings.read(prefix)
+    if found is not None and found.prepend_bos != prepend_bos:
+        how = {True: "with", False: "without"}
+        raise UsageError(
+            f"documents of {prefix} begin {how[found.prepend_bos]} a beginning-of-sequence token, those of the training"
+            f" {how[prepend_bos]} one; preprocess it again with --{'' if prepend_bos else 'no-'}prepend-bos"
+        )
 
 
 if __name__ == "__main__":

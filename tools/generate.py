@@ -15,8 +15,9 @@ from megatron_hyperp import device
 from megatron_hyperp.convert import huggingface
 from megatron_hyperp.convert.hyperp import HyperPSource
 from megatron_hyperp.convert.source import DTYPES
+from megatron_hyperp.convert.vocabulary import export_rows, unknown_ids
 from megatron_hyperp.data.arguments import positive_int
-from megatron_hyperp.data.tokenizer import load_tokenizer
+from megatron_hyperp.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_hyperp.errors import UsageError, run_command
 from megatron_hyperp.files import local_path
 
@@ -30,30 +31,36 @@ def main(argv: list[str]) -> None:
         raise UsageError(f"the config of {source.folder} names no tokenizer; give one with --tokenizer")
     tokenizer = load_tokenizer(name)
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
-    # A document begins after the end of another.
-    tokens = tokenizer.encode(prompt) or [tokenizer.eod]
-    longest = source.config.model.seq_length
+    export_rows(source.config, tokenizer, keep_padding=True)
+    text = tokenizer.encode(prompt)
+    # As documents began in training: with the beginning-of-sequence token if the corpora had it, else after the end of
+    # another document. A prompt without it has the ids that transformers gives it with the exported tokenizer.
+    tokens = tokenizer.document_start(prepend_bos=source.config.data.prepend_bos) + text or [tokenizer.eod]
+    longest = source.config.model.positions
     if len(tokens) + options.max_new_tokens > longest:
         raise UsageError(
             f"{len(tokens)} tokens of the prompt and --max-new-tokens {options.max_new_tokens} are more than the"
-            f" {longest} that the model was trained on at a time; give fewer"
+            f" {longest} that the model has positions for; give fewer"
         )
-    for index, made in enumerate(generate(source, tokens, options, end=tokenizer.eod)):
+    for index, made in enumerate(generate(source, tokens, options, tokenizer)):
         if index:
             print("---")
-        print(tokenizer.decode(tokens + made if prompt else made))
+        print(tokenizer.decode(text + made))
 
 
 @torch.no_grad()
-def generate(source: HyperPSource, tokens: list[int], options: argparse.Namespace, *, end: int) -> list[list[int]]:
+def generate(
+    source: HyperPSource, tokens: list[int], options: argparse.Namespace, tokenizer: Tokenizer
+) -> list[list[int]]:
     """Return the tokens of each continuation, up to the end of the document.
 
     Args:
         source: the model.
         tokens: of the prompt.
         options: of the command line.
-        end: token that ends a document.
+        tokenizer: it names the token that ends a document; ids that it does not know are never taken.
     """
+    end = tokenizer.eod
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         huggingface.write(
@@ -63,6 +70,7 @@ def generate(source: HyperPSource, tokens: list[int], options: argparse.Namespac
             shard_bytes=2**40,
             tokenizer=None,
             advance=lambda _: None,
+            keep_padding=True,
         )
         model = huggingface.load_transformers(folder, DTYPES[options.dtype])
     torch.manual_seed(options.seed)
@@ -76,6 +84,7 @@ def generate(source: HyperPSource, tokens: list[int], options: argparse.Namespac
         num_return_sequences=options.samples,
         eos_token_id=end,
         pad_token_id=end,
+        suppress_tokens=unknown_ids(tokenizer, source.config.model.vocab_size) or None,
         **how,
     )
     return [_until(row, end) for row in made[:, len(tokens) :].tolist()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 from megatron_hyperp.data.arguments import add_corpus_arguments, corpus_from_arguments, positive_int
 from megatron_hyperp.data.content import record
@@ -17,6 +18,12 @@ def main(argv: list[str]) -> None:
     """Read the command line, write the prefix and print a summary."""
     arguments = _parse(argv)
     tokenizer = load_tokenizer(arguments.tokenizer)
+    if tokenizer.adds_bos and not arguments.prepend_bos:
+        print(
+            f"note: {arguments.tokenizer} puts its beginning-of-sequence token before every text; documents are written"
+            " without it, and exports of the model will leave it out too (--prepend-bos writes it)",
+            file=sys.stderr,
+        )
     corpus = corpus_from_arguments(arguments)
     print(corpus.sources.describe(), flush=True)
     summary = write_corpus(
@@ -25,6 +32,7 @@ def main(argv: list[str]) -> None:
         tokenizer,
         workers=arguments.workers,
         append_eod=arguments.append_eod,
+        prepend_bos=arguments.prepend_bos,
         overwrite=arguments.overwrite,
         total_bytes=corpus.total_bytes,
     )
@@ -41,7 +49,8 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         type=local_path,
         required=True,
         metavar="TOKENIZER",
-        help="a SentencePiece .model, a Hugging Face tokenizer.json, or null:VOCAB_SIZE for text of token ids",
+        help="a SentencePiece model, a Hugging Face tokenizer.json, a folder with one of them, or null:VOCAB_SIZE for"
+        " text of token ids",
     )
     parser.add_argument(
         "--output-prefix", type=local_path, required=True, metavar="PREFIX", help="write PREFIX.bin and PREFIX.idx"
@@ -54,6 +63,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         default=True,
         help="end each document with the end-of-document token (default: yes)",
+    )
+    parser.add_argument(
+        "--prepend-bos",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="begin each document with the beginning-of-sequence token; training, evaluation, generation and exports"
+        " follow (default: no)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     return parser.parse_args(argv)

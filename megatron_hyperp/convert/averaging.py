@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from megatron_hyperp.config import ModelConfig
 from megatron_hyperp.convert.hyperp import HyperPSource
 from megatron_hyperp.convert.source import Source
 from megatron_hyperp.errors import UsageError
@@ -48,7 +50,7 @@ class AverageSource(Source):
         self._sources = list(sources)
         last = self._sources[-1]
         for other in self._sources[:-1]:
-            same = (other.config.model, other.config.moe) == (last.config.model, last.config.moe)
+            same = (_model(other), other.config.moe) == (_model(last), last.config.moe)
             if not same or other.config.optimizer != last.config.optimizer or other.extras.radii != last.extras.radii:
                 raise UsageError(
                     f"{other.folder.name} and {last.folder.name} are of runs with other settings; average checkpoints"
@@ -77,6 +79,11 @@ class AverageSource(Source):
         if radius is not None:
             total *= radius / float(torch.linalg.vector_norm(total, dtype=torch.float64))
         return total.to(self.dtype(name))
+
+
+def _model(source: Source) -> ModelConfig:
+    """The settings of a model, less those that older versions of one run did not record."""
+    return dataclasses.replace(source.config.model, unpadded_vocab_size=None, max_position_embeddings=None)
 
 
 def radius_of(source: Source, name: str) -> float | None:

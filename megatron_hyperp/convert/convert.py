@@ -19,6 +19,7 @@ from megatron_hyperp.convert.hyperp import (
     write_weights,
 )
 from megatron_hyperp.convert.source import Source
+from megatron_hyperp.convert.vocabulary import padded_for_ranks
 from megatron_hyperp.convert.writing import Layout
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.files import finished_folder
@@ -46,6 +47,8 @@ class Job:
         average: so many of the newest checkpoints; None: no mean.
         weights_only: leave out the optimizer's state.
         verify: compare the output with the input.
+        keep_padding: export the rows of the vocabulary that are padding too.
+        prepend_bos: whether documents begin with the beginning-of-sequence token; None for what the source records.
         config: YAML of the model, for formats that have none.
     """
 
@@ -61,6 +64,8 @@ class Job:
     average: int | None
     weights_only: bool
     verify: bool
+    keep_padding: bool = False
+    prepend_bos: bool | None = None
     config: str | None = None
 
     @property
@@ -107,15 +112,26 @@ def convert(job: Job, *, dry_run: bool = False, say: Callable[[str], None] = pri
     _check_flags(job)
     source = _source(job)
     whole = source if job.resharding and isinstance(source, HyperPSource) and source.whole else None
+    if job.prepend_bos is not None:
+        source.config.data.prepend_bos = job.prepend_bos
+    given = rows = source.config.model.vocab_size
     if job.target == "hf":
         _check_hf(job)
     else:
-        check_layout(source, job.layout)
-    if job.target == "megatron-lm":
-        megatron_lm.check(source.config)
+        # Our own checkpoints keep their rows: the radius of the output layer's sphere follows from them.
+        pads = source.extras.foreign or job.target == "megatron-lm"
+        padded = padded_for_ranks(source, job.layout.tp) if pads else source
+        check_layout(padded, job.layout)
+        rows = padded.config.model.vocab_size
+        if job.target == "megatron-lm":
+            megatron_lm.check(source.config)
+        else:
+            source = padded
     size = sum(item.nbytes for item in stored_items(whole)) if whole else source.nbytes
     for line in describe(job, source, whole=whole is not None, size=size):
         say(line)
+    if rows > given:
+        say(f"the vocabulary of {given:,} is padded with zeros to {rows:,} for TP {job.layout.tp}")
     if dry_run:
         say("dry run: nothing is written")
         return
@@ -149,6 +165,7 @@ def _check_flags(job: Job) -> None:
         ("--weights-only", job.weights_only and not job.source == job.target == "hyperp", "--from and --to hyperp"),
         ("--max-shard-size", job.shard_bytes is not None and job.target != "hf", "--to hf"),
         ("--tokenizer", job.tokenizer is not None and job.target != "hf", "--to hf"),
+        ("--keep-padding", job.keep_padding and job.target != "hf", "--to hf"),
         ("--config", job.config is not None and job.source != "archscale", "--from archscale"),
     ):
         if given:
@@ -177,6 +194,14 @@ def describe(job: Job, source: Source, *, whole: bool, size: int) -> list[str]:
     if job.target == "hf":
         shard = (job.shard_bytes or SHARD_BYTES) / 1e9
         lines.append(f"as {hf_config.architecture(source.config)}, files of at most {shard:g} GB")
+        if not (model.unpadded_vocab_size or job.keep_padding) and "none" in (
+            job.tokenizer,
+            source.extras.tokenizer or "none",
+        ):
+            lines.append(
+                "note: the checkpoint does not record its vocabulary before padding; without a tokenizer all"
+                f" {model.vocab_size:,} rows are exported"
+            )
     else:
         lines.append(f"cut for TP {job.layout.tp}, PP {job.layout.pp}, EP {job.layout.ep}")
     if job.target == "hyperp" and not whole:
@@ -207,6 +232,7 @@ def _write(
             shard_bytes=job.shard_bytes or SHARD_BYTES,
             tokenizer=None if tokenizer == "none" else tokenizer,
             advance=advance,
+            keep_padding=job.keep_padding,
         )
     elif job.target == "megatron-lm":
         megatron_lm.write(partial, source, layout=job.layout, dtype=job.dtype, advance=advance)

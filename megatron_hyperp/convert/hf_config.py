@@ -13,17 +13,41 @@ from megatron_hyperp.resolve import fill_dense
 QWEN3, LLAMA, OURS = "Qwen3ForCausalLM", "LlamaForCausalLM", "HyperPForCausalLM"
 MODEL_TYPES = {QWEN3: "qwen3", LLAMA: "llama", OURS: "hyperp"}
 CODE_FILE = "modeling_hyperp.py"
-# Head size of a Qwen3 whose config.json does not say.
-_QWEN3_HEAD = 128
-# Fields of config.json by name, with the only value that our model can express.
-_ONLY = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "hidden_act": "silu",
-    "use_sliding_window": False,
-    "attention_dropout": 0.0,
-    "partial_rotary_factor": 1.0,
-    "quantization_config": None,
+# Fields of config.json by name, with the values that our model can express; absent is the first of them.
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    # Two names of one function in transformers' ACT2FN.
+    "hidden_act": ("silu", "swish"),
+    "use_sliding_window": (False,),
+    "attention_dropout": (0.0,),
+    "partial_rotary_factor": (1.0,),
+    "quantization_config": (None,),
+}
+# What an absent key of config.json stands for: the defaults of the config classes in transformers 5.23.0 (their rotary
+# base is 10000, and embeddings are not tied). A head size that is missing here follows from the width and the heads.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    QWEN3: {
+        "vocab_size": 151936,
+        "hidden_size": 4096,
+        "intermediate_size": 22016,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "rms_norm_eps": 1e-6,
+    },
+    LLAMA: {
+        "vocab_size": 32000,
+        "hidden_size": 4096,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+    },
+    OURS: {},
 }
 
 
@@ -48,12 +72,13 @@ def architecture(config: Config) -> str:
     return QWEN3 if config.model.qk_layernorm else LLAMA
 
 
-def to_json(config: Config, *, dtype: str, eos: int | None) -> dict[str, Any]:
+def to_json(config: Config, *, dtype: str, bos: int | None, eos: int | None) -> dict[str, Any]:
     """Return the content of config.json.
 
     Args:
         config: resolved.
         dtype: of the weights, by torch's name.
+        bos: id of the token that documents begin with; None if they begin with none.
         eos: id of the end-of-document token; None if there is no tokenizer.
     """
     model, name = config.model, architecture(config)
@@ -68,13 +93,15 @@ def to_json(config: Config, *, dtype: str, eos: int | None) -> dict[str, Any]:
         "num_key_value_heads": model.num_query_groups,
         "head_dim": model.kv_channels,
         "hidden_act": "silu",
-        "max_position_embeddings": model.seq_length,
+        "max_position_embeddings": model.positions,
         "rms_norm_eps": model.norm_epsilon,
         "rope_parameters": {"rope_type": "default", "rope_theta": float(model.rotary_base)},
+        # Transformers 4 reads only this one, version 5 only that above.
+        "rope_theta": float(model.rotary_base),
         "attention_bias": False,
         "attention_dropout": 0.0,
         "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
-        "bos_token_id": None,
+        "bos_token_id": bos,
         "eos_token_id": eos,
         "dtype": dtype,
     }
@@ -111,16 +138,19 @@ def from_json(content: dict[str, Any], where: str) -> Config:
     if not isinstance(name, str) or name not in MODEL_TYPES:
         raise UsageError(f"{where} is of the architecture {shown(name)}; those that are read: {', '.join(MODEL_TYPES)}")
     _check(content, where)
+    content = {**_DEFAULTS[name], **content}
     config = Config()
     model = config.model
     for field, key in _SIZES.items():
         setattr(model, field, _read(content, key, int, where))
+    model.unpadded_vocab_size = model.vocab_size
     model.num_query_groups = _read(content, "num_key_value_heads", int, where, model.num_attention_heads)
-    head = _QWEN3_HEAD if name == QWEN3 else model.hidden_size // model.num_attention_heads
+    head = model.hidden_size // model.num_attention_heads
     model.kv_channels = _read(content, "head_dim", int, where, head)
     model.norm_epsilon = _read(content, "rms_norm_eps", float, where)
     model.rotary_base = _rotary_base(content, where)
-    model.seq_length = min(model.seq_length, _read(content, "max_position_embeddings", int, where, model.seq_length))
+    model.max_position_embeddings = _read(content, "max_position_embeddings", int, where, model.seq_length)
+    model.seq_length = min(model.seq_length, model.max_position_embeddings)
     model.untie_embeddings_and_output_weights = not _read(content, "tie_word_embeddings", bool, where, False)
     model.qk_layernorm = name == QWEN3
     model.softmax_scale, model.residual_multiplier, model.logits_multiplier = model.kv_channels**-0.5, 1.0, 1.0
@@ -150,11 +180,11 @@ def _read(content: dict[str, Any], key: str, kind: Any, where: str, otherwise: A
 
 def _check(content: dict[str, Any], where: str) -> None:
     """Refuse what our model has not."""
-    for name, only in _ONLY.items():
-        value = content.get(name, only)
-        if value != only and value is not None:
+    for name, allowed in _ONLY.items():
+        value = content.get(name)
+        if value not in allowed and value is not None:
             raise UsageError(
-                f"{where} has {name} {shown(value)}; a model here has {only}, so that it cannot be imported"
+                f"{where} has {name} {shown(value)}; a model here has {allowed[0]}, so that it cannot be imported"
             )
 
 

@@ -22,8 +22,11 @@ from megatron_hyperp.convert.folding import fold_, unfold_
 from megatron_hyperp.convert.hf_config import CODE_FILE, OURS
 from megatron_hyperp.convert.mapping import NameMap, Part, Piece, Rules, multipliers
 from megatron_hyperp.convert.source import Extras, Source, check_config, check_dtype, check_shape
-from megatron_hyperp.convert.state import CONFIG, UNDO, check_undo, read_mapping, read_state, write_state
+from megatron_hyperp.convert.state import CONFIG, PADDING, UNDO, check_undo, read_mapping, read_state, write_state
 from megatron_hyperp.convert.tensor_files import Spec, TensorReader, TensorWriter
+from megatron_hyperp.convert.vocabulary import VOCABULARY_WEIGHTS, ResizedSource, export_rows, resized, unknown_ids
+from megatron_hyperp.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_hyperp.data.tokenizer_files import SENTENCEPIECE, TOKENIZER_JSON
 from megatron_hyperp.errors import UsageError
 
 _MODEL, _LAYER = "model.layers.{}", "decoder.layers.{}"
@@ -85,14 +88,18 @@ class HuggingFaceSource(Source):
         ours = (self.folder / CONFIG).is_file()
         self.config = arguments.load_stored(self.folder / CONFIG) if ours else foreign
         state = read_state(self.folder)
-        tokenizers = [self.folder / name for name in ("tokenizer.model", "tokenizer.json")]
+        tokenizers = [self.folder / name for name in (TOKENIZER_JSON, SENTENCEPIECE)]
         found = next((str(path.resolve()) for path in tokenizers if path.is_file()), None)
         if not ours:
             self.config.data.tokenizer_model = found
+            self.config.data.prepend_bos = found is not None and _adds_bos(found)
         self.extras = Extras(state.get("progress", {}), state.get("radii"), found, foreign=not ours)
         self._files = TensorReader(self.folder)
         self._undo = TensorReader(self.folder, UNDO) if (self.folder / f"{UNDO}.safetensors").is_file() else None
         check_config(self.config, str(self.folder))
+        self._rows = min(foreign.model.vocab_size, self.config.model.vocab_size)
+        cut = self._rows < self.config.model.vocab_size
+        self._padding = TensorReader(self.folder, PADDING) if cut else None
         self._map = name_map(self.config)
         self._check()
 
@@ -105,6 +112,11 @@ class HuggingFaceSource(Source):
                 check_dtype(str(self.folder), piece.name, spec.dtype)
                 check_undo(self._undo, piece.name, piece.shape)
                 known.add(piece.name)
+            if self._padding is not None and name in VOCABULARY_WEIGHTS:
+                rows, width = self.parameters[name].shape
+                spec = self._padding.spec(name)
+                check_shape(str(self.folder), f"the padding of {name}", spec.shape, (rows - self._rows, width))
+                check_dtype(str(self.folder), f"the padding of {name}", spec.dtype)
         # Tied, some files hold the output layer too.
         if not self.config.model.untie_embeddings_and_output_weights:
             known.add("lm_head.weight")
@@ -117,21 +129,34 @@ class HuggingFaceSource(Source):
             )
 
     def _pieces(self, name: str) -> list[Piece]:
-        return self._map.pieces(name, self.parameters[name].shape)
+        shape = self.parameters[name].shape
+        return self._map.pieces(name, (self._rows, *shape[1:]) if name in VOCABULARY_WEIGHTS else shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the dtype in which a parameter is stored."""
         return self._files.spec(self._pieces(name)[0].name).dtype
 
     def read(self, name: str) -> torch.Tensor:
-        """Read a parameter, multipliers taken out of it again."""
+        """Read a parameter, multipliers taken out of it again, and with the padding that was cut."""
         parts = []
         for piece in self._pieces(name):
             part = self._files.read(piece.name)
             corrected = self._undo is not None and piece.name in self._undo
             unfold_(part, piece.factor, self._undo.read(piece.name) if self._undo and corrected else None)
             parts.append(part)
-        return self._map.merge(parts)
+        tensor = self._map.merge(parts)
+        if self._padding is not None and name in VOCABULARY_WEIGHTS:
+            tensor = torch.cat([tensor, self._padding.read(name).to(tensor.dtype)])
+        return tensor
+
+
+def _adds_bos(tokenizer: str) -> bool:
+    """Return whether the tokenizer of an imported model begins every text, and so began those of its training."""
+    try:
+        return load_tokenizer(tokenizer).adds_bos
+    except UsageError:
+        # It cannot go with an export either, where the same error is told.
+        return False
 
 
 def write(
@@ -142,6 +167,7 @@ def write(
     shard_bytes: int,
     tokenizer: str | None,
     advance: Callable[[int], None],
+    keep_padding: bool = False,
 ) -> None:
     """Write a folder that ``from_pretrained`` reads.
 
@@ -150,13 +176,23 @@ def write(
         source: to read from.
         dtype: of the weights; None for the source's. In another dtype than the source's, folding is not undone exactly.
         shard_bytes: of a file.
-        tokenizer: SentencePiece ``.model``, ``tokenizer.json`` or ``null:SIZE``; None for none.
+        tokenizer: as in :func:`megatron_hyperp.data.tokenizer.load_tokenizer`; None for none.
         advance: told the bytes of each parameter.
+        keep_padding: write the rows of the vocabulary that are padding too; otherwise they lie in a file beside the
+            weights, for the way back.
+
+    Raises:
+        UsageError: the tokenizer knows more tokens than the model, or cannot be exported.
     """
-    eos = hf_tokenizer.write(folder, tokenizer, max_length=source.config.model.seq_length)
-    _write_texts(folder, source, dtype or source.dtype("embedding.word_embeddings.weight"), eos)
-    names = name_map(source.config)
-    pieces = {name: names.pieces(name, shape.shape) for name, shape in source.parameters.items()}
+    config = source.config
+    known = hf_tokenizer.write(
+        folder, tokenizer, max_length=config.model.positions, prepend_bos=config.data.prepend_bos
+    )
+    rows = export_rows(config, known, keep_padding=keep_padding)
+    cut = ResizedSource(source, rows)
+    _write_texts(folder, source, cut.config, dtype or source.dtype("embedding.word_embeddings.weight"), known)
+    names = name_map(config)
+    pieces = {name: names.pieces(name, shape.shape) for name, shape in cut.parameters.items()}
     dtypes = {name: dtype or source.dtype(name) for name in pieces}
     specs = [Spec(piece.name, piece.shape, dtypes[name]) for name in pieces for piece in pieces[name]]
     corrected = [
@@ -166,13 +202,22 @@ def write(
         if dtypes[name] == source.dtype(name) and piece.factor != 1.0
     ]
     undone = {spec.name for spec in corrected}
+    padding = [
+        Spec(name, (source.parameters[name].shape[0] - rows, *shape.shape[1:]), dtypes[name])
+        for name, shape in cut.parameters.items()
+        if name in VOCABULARY_WEIGHTS and rows < config.model.vocab_size
+    ]
     with (
         TensorWriter(folder, specs, shard_bytes=shard_bytes) as weights,
         TensorWriter(folder, corrected, stem=UNDO) as undo,
+        TensorWriter(folder, padding, stem=PADDING) as beyond,
     ):
         for name, places in pieces.items():
             tensor = source.read(name)
             advance(tensor.nbytes)
+            if padding and name in VOCABULARY_WEIGHTS:
+                beyond.write(name, tensor[rows:].to(dtypes[name]))
+                tensor = resized(tensor, rows)
             for piece, part in zip(places, names.split(tensor, len(places)), strict=True):
                 out = part.contiguous()
                 corrections = fold_(out, piece.factor, undo=piece.name in undone, name=piece.name)
@@ -181,11 +226,25 @@ def write(
                     undo.write(piece.name, corrections)
 
 
-def _write_texts(folder: Path, source: Source, dtype: torch.dtype, eos: int | None) -> None:
-    """Write the configs, and for our own class its code."""
+def _write_texts(folder: Path, source: Source, cut: Config, dtype: torch.dtype, tokenizer: Tokenizer | None) -> None:
+    """Write the configs, and for our own class its code.
+
+    Args:
+        folder: that is there.
+        source: of the weights; its config goes beside them.
+        cut: its config, with the vocabulary that is exported.
+        dtype: of the weights.
+        tokenizer: that goes with them.
+    """
     config = source.config
-    content = hf_config.to_json(config, dtype=str(dtype).removeprefix("torch."), eos=eos)
-    generation = {"do_sample": True, "temperature": 1.0, "eos_token_id": eos, "pad_token_id": eos}
+    eos = tokenizer.eod if tokenizer else None
+    bos = tokenizer.bos if tokenizer and config.data.prepend_bos else None
+    content = hf_config.to_json(cut, dtype=str(dtype).removeprefix("torch."), bos=bos, eos=eos)
+    generation: dict[str, Any] = {"do_sample": True, "temperature": 1.0, "eos_token_id": eos, "pad_token_id": eos}
+    if bos is not None:
+        generation["bos_token_id"] = bos
+    if unknown := unknown_ids(tokenizer, cut.model.vocab_size):
+        generation["suppress_tokens"] = unknown
     for name, values in (("config.json", content), ("generation_config.json", generation)):
         (folder / name).write_text(json.dumps(values, indent=2) + "\n")
     write_state(folder, source)

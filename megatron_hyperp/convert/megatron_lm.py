@@ -24,6 +24,7 @@ from megatron_hyperp.convert.source import Extras, Source, check_config, check_d
 from megatron_hyperp.convert.state import CONFIG, UNDO, check_undo, read_state, write_state
 from megatron_hyperp.convert.storage import CheckpointReader, Slab
 from megatron_hyperp.convert.tensor_files import Spec, TensorReader, TensorWriter
+from megatron_hyperp.convert.vocabulary import VOCABULARY_WEIGHTS, padded_for_ranks, resized
 from megatron_hyperp.convert.writing import Item, Layout, write_checkpoint
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.pickles import megatron_classes
@@ -148,7 +149,11 @@ class MegatronSource(Source):
         self._undo = TensorReader(folder, UNDO) if (folder / f"{UNDO}.safetensors").is_file() else None
         self._folding = _Folding(self.config)
         for name, shape in self.parameters.items():
-            check_shape(str(folder), name, self.reader.shape(self._slab(name)), shape.shape)
+            found, expected = self.reader.shape(self._slab(name)), shape.shape
+            # An export from here may be padded for its layout.
+            if state and name in VOCABULARY_WEIGHTS and found[:1] > expected[:1]:
+                expected = (found[0], *expected[1:])
+            check_shape(str(folder), name, found, expected)
             check_dtype(str(folder), name, self.dtype(name))
             for piece, part, _ in self._folding.parts(name, shape.shape):
                 check_undo(self._undo, piece, part)
@@ -162,8 +167,9 @@ class MegatronSource(Source):
         return self.reader.dtype(self._slab(name))
 
     def read_folded(self, name: str) -> torch.Tensor:
-        """Read a parameter as it stands there."""
-        return self.reader.read(self._slab(name))
+        """Read a parameter as it stands there, less the padding that an export from here added."""
+        tensor = self.reader.read(self._slab(name))
+        return resized(tensor, self.config.model.vocab_size) if name in VOCABULARY_WEIGHTS else tensor
 
     def read(self, name: str) -> torch.Tensor:
         """Read a parameter, multipliers taken out of it again."""
@@ -221,6 +227,7 @@ def _fill(config: Config, given: Mapping[str, Any]) -> None:
     model.vocab_size = int(given["padded_vocab_size"])
     model.kv_channels = int(number("kv_channels", model.hidden_size // model.num_attention_heads))
     model.seq_length = int(number("seq_length", model.seq_length))
+    model.max_position_embeddings = max(int(number("max_position_embeddings", 0)), model.seq_length)
     model.norm_epsilon = float(number("norm_epsilon", 1e-5))
     model.rotary_base = int(number("rotary_base", 10000))
     model.qk_layernorm = bool(given.get("qk_layernorm"))
@@ -246,7 +253,7 @@ def to_arguments(config: Config, layout: Layout, dtype: torch.dtype) -> argparse
         **{name: getattr(model, name) for name in ("qk_layernorm", "norm_epsilon", "rotary_base")},
         "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
         "group_query_attention": True,
-        "max_position_embeddings": model.seq_length,
+        "max_position_embeddings": model.positions,
         "padded_vocab_size": model.vocab_size,
         "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
         "tokenizer_type": None,
@@ -290,7 +297,11 @@ def check(config: Config) -> None:
 def write(
     root: Path, source: Source, *, layout: Layout, dtype: torch.dtype | None, advance: Callable[[int], None]
 ) -> None:
-    """Write a folder that Megatron-LM's ``--load`` takes; arguments as of :func:`hyperp.write_weights`."""
+    """Write a folder that Megatron-LM's ``--load`` takes, its vocabulary padded if the layout's ranks cannot share it.
+
+    Arguments as of :func:`hyperp.write_weights`.
+    """
+    original, source = source, padded_for_ranks(source, layout.tp)
     config = source.config
     folding, folder = _Folding(config), root / RELEASE
     folder.mkdir()
@@ -331,5 +342,5 @@ def write(
             "num_floating_point_operations_so_far": 0,
         }
         write_checkpoint(folder, items, common, layout=layout, advance=advance)
-    write_state(folder, source)
+    write_state(folder, original)
     (root / TRACKER).write_text(RELEASE)

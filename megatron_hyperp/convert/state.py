@@ -1,4 +1,6 @@
-"""What lies beside exported weights, for the way back: our config, the progress, radii, and what undoes the folding."""
+"""What lies beside exported weights, for the way back: our config, the progress, radii, what undoes the folding, and
+the padding of the vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from megatron_hyperp.convert.tensor_files import TensorReader
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.files import read_json
 
-CONFIG, STATE, UNDO = "hyperp_config.yaml", "hyperp.json", "hyperp_undo"
+CONFIG, STATE, UNDO, PADDING = "hyperp_config.yaml", "hyperp.json", "hyperp_undo", "hyperp_padding"
 
 
 def write_state(folder: Path, source: Source) -> None:

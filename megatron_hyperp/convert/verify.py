@@ -8,9 +8,11 @@ from pathlib import Path
 import psutil
 import torch
 
+from megatron_hyperp.convert import hf_config
 from megatron_hyperp.convert.huggingface import load_transformers
 from megatron_hyperp.convert.hyperp import HyperPSource
 from megatron_hyperp.convert.source import Source
+from megatron_hyperp.convert.state import read_mapping
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training.inference import model_on_one_rank
 
@@ -67,10 +69,13 @@ def compare_logits(source: Source, folder: Path, dtype: torch.dtype) -> str:
     need, free = _COPIES * 4 * parameters, psutil.virtual_memory().available
     if need > free:
         return f"logits not compared: that takes {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free"
-    tokens = torch.randint(source.config.model.vocab_size, _TOKENS, generator=torch.Generator().manual_seed(0))
-    theirs = logits_of_transformers(folder, tokens)
+    # One side may have padding that the other has not.
+    there = hf_config.from_json(read_mapping(folder / "config.json"), str(folder)).model.vocab_size
+    rows = min(source.config.model.vocab_size, there)
+    tokens = torch.randint(rows, _TOKENS, generator=torch.Generator().manual_seed(0))
+    theirs = logits_of_transformers(folder, tokens)[..., :rows]
     with model_on_one_rank(source.config, source.read) as logits:
-        ours = logits(tokens).cpu()
+        ours = logits(tokens)[..., :rows].cpu()
     difference, largest = float((ours - theirs).abs().max()), float(ours.abs().max())
     if not difference <= LOGITS.get(dtype, LOGITS_ROUNDED) * max(1.0, largest):
         raise UsageError(

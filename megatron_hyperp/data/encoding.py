@@ -38,7 +38,7 @@ class EncodedBatch(NamedTuple):
 
 
 def encode(
-    documents: Iterable[Document], tokenizer: Tokenizer, *, append_eod: bool, workers: int
+    documents: Iterable[Document], tokenizer: Tokenizer, *, append_eod: bool, prepend_bos: bool, workers: int
 ) -> Iterator[EncodedBatch]:
     """Encode documents in the order given, with few of them in memory at a time.
 
@@ -46,9 +46,15 @@ def encode(
         documents: the documents.
         tokenizer: it encodes the text.
         append_eod: end each document with the end-of-document token.
+        prepend_bos: begin each document with the beginning-of-sequence token.
         workers: number of processes; 1 encodes in this process. The tokens are the same.
+
+    Raises:
+        UsageError: the tokenizer has no beginning-of-sequence token to begin documents with.
     """
-    encoder, batches = _Encoder(tokenizer, append_eod), _batches(documents)
+    start = tokenizer.document_start(prepend_bos=prepend_bos)
+    end = [tokenizer.eod] if append_eod else []
+    encoder, batches = _Encoder(tokenizer, start, end), _batches(documents)
     if workers == 1:
         yield from map(encoder, batches)
         return
@@ -65,12 +71,12 @@ def encode(
 @dataclass(frozen=True)
 class _Encoder:
     tokenizer: Tokenizer
-    append_eod: bool
+    start: list[int]
+    end: list[int]
 
     def __call__(self, batch: list[Document]) -> EncodedBatch:
-        end = [self.tokenizer.eod] if self.append_eod else []
         encoded = [self.tokenizer.encode(document.text) for document in batch]
-        documents = [np.array(ids + end, dtype=np.int32) for ids in encoded if ids]
+        documents = [np.array(self.start + ids + self.end, dtype=np.int32) for ids in encoded if ids]
         return EncodedBatch(
             documents=documents,
             empty=len(batch) - len(documents),

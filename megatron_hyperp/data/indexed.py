@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from megatron_hyperp.data import settings
 from megatron_hyperp.data.corpus import Document
 from megatron_hyperp.data.encoding import encode
 from megatron_hyperp.data.tokenizer import Tokenizer
@@ -60,6 +61,7 @@ def write_corpus(
     *,
     workers: int = 1,
     append_eod: bool = True,
+    prepend_bos: bool = False,
     overwrite: bool = False,
     total_bytes: int | None = None,
 ) -> CorpusSummary:
@@ -74,20 +76,23 @@ def write_corpus(
         tokenizer: it encodes the text.
         workers: number of tokenizing processes; 1 tokenizes in this process.
         append_eod: end each document with the end-of-document token.
+        prepend_bos: begin each document with the beginning-of-sequence token; ``prefix.settings.json`` records it.
         overwrite: replace files that exist.
         total_bytes: sum of ``source_bytes`` over the documents, for the progress lines.
 
     Raises:
-        UsageError: when a file exists and ``overwrite`` is off, cannot be written, or no document has text.
+        UsageError: when a file exists and ``overwrite`` is off, cannot be written, no document has text, or the
+            tokenizer has no beginning-of-sequence token to begin documents with.
     """
     files = prefix_files(prefix)
     for path in files:
         if path.exists() and not overwrite:
             raise UsageError(f"{path} exists; pass --overwrite to replace it or choose another --output-prefix")
     written = empty = tokens = text_bytes = 0
-    with _open_builder(files, tokenizer.vocab_size) as builder, _Progress(total_bytes) as progress:
+    made = settings.CorpusSettings(prepend_bos=prepend_bos)
+    with _open_builder(files, tokenizer.vocab_size, made) as builder, _Progress(total_bytes) as progress:
         started = time.monotonic()
-        for batch in encode(documents, tokenizer, append_eod=append_eod, workers=workers):
+        for batch in encode(documents, tokenizer, append_eod=append_eod, prepend_bos=prepend_bos, workers=workers):
             for document in batch.documents:
                 builder.add_document(document, [len(document)])
                 tokens += len(document)
@@ -101,7 +106,7 @@ def write_corpus(
 
 
 @contextmanager
-def _open_builder(files: tuple[Path, Path], vocab_size: int) -> Iterator[Any]:
+def _open_builder(files: tuple[Path, Path], vocab_size: int, made: settings.CorpusSettings) -> Iterator[Any]:
     """Open Megatron's writer on temporary names; the files get their own names once all is written."""
     from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 
@@ -115,9 +120,10 @@ def _open_builder(files: tuple[Path, Path], vocab_size: int) -> Iterator[Any]:
     try:
         yield builder
         builder.finalize(str(idx_temporary))
-        # An old index, or old checksums, must never stand beside new data.
+        # An old index or old checksums must never stand beside new data, nor that without its settings.
         idx_path.unlink(missing_ok=True)
         checksums_file(bin_path).unlink(missing_ok=True)
+        settings.write(bin_path, made)
         os.replace(bin_temporary, bin_path)
         os.replace(idx_temporary, idx_path)
     finally:
@@ -228,6 +234,12 @@ def check_prefix(prefix: str | os.PathLike[str]) -> PrefixInfo:
     if not tokens:
         raise UsageError(f"{bin_path} holds no tokens; preprocess a corpus with text")
     return PrefixInfo(os.fspath(prefix), boundaries - 1, sequences, tokens, dtype, digest)
+
+
+def first_token(prefix: str | os.PathLike[str]) -> int:
+    """Return the first token of a corpus. Raises: as :func:`check_prefix`."""
+    info = check_prefix(prefix)
+    return int(_map_array(prefix_files(prefix)[0], info.dtype, 0, 1)[0])
 
 
 def check_vocabulary(prefix: str | os.PathLike[str], vocab_size: int, *, full_scan_bytes: int = 256_000_000) -> int:

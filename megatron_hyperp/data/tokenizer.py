@@ -16,8 +16,15 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_hyperp.data.tokenizer_files import (
+    TOKENIZER_CONFIG,
+    find_tokenizer,
+    is_json,
+    read_tokenizer_config,
+    special_token,
+)
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.files import not_local, read_json, read_small, write_atomically
+from megatron_hyperp.files import not_local, read_small, write_atomically
 
 END_OF_DOCUMENT = "<|endoftext|>"
 MODEL_TYPES = ("bpe", "unigram")
@@ -27,6 +34,8 @@ NULL_PREFIX = "null:"
 _SPACE_SYMBOL = "\u2581"
 # Names that published tokenizers give to their end-of-document token, looked up where no config names it.
 _KNOWN_END_TOKENS = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
+# And to their beginning-of-sequence token, where the post-processor adds none.
+_KNOWN_BEGIN_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>", "<|bos|>", "[BOS]")
 
 
 class Tokenizer(ABC):
@@ -35,12 +44,17 @@ class Tokenizer(ABC):
     Attributes:
         vocab_size: number of token ids; every id is in ``[0, vocab_size)``.
         eod: id of the end-of-document token.
+        bos: id of the beginning-of-sequence token; -1 if there is none.
+        adds_bos: whether the tokenizer's own file puts that token before every text. :meth:`encode` never does: a
+            corpus has it if ``tools/preprocess_data.py --prepend-bos`` wrote it.
         pad: id of the padding token; -1, which is in no data, stands for none.
         unique_identifiers: what Megatron's index cache knows the tokenizer by: its content, not its path.
     """
 
     vocab_size: int
     eod: int
+    bos: int = -1
+    adds_bos: bool = False
     pad: int = -1
     unique_identifiers: dict[str, str]
 
@@ -48,9 +62,43 @@ class Tokenizer(ABC):
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, without an end-of-document token."""
 
-    @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids."""
+        """Return the text of token ids.
+
+        Raises:
+            UsageError: an id that the tokenizer does not know.
+        """
+        tokens = [int(token) for token in ids]
+        for token in tokens:
+            if not self.knows(token):
+                raise UsageError(
+                    f"token id {token} is not in the tokenizer's vocabulary of {self.vocab_size} and has no text; give"
+                    " the tokenizer that the data or the model were made with"
+                )
+        return self._decode(tokens)
+
+    @abstractmethod
+    def _decode(self, tokens: list[int]) -> str:
+        """Return the text of ids that are all known."""
+
+    def knows(self, token: int) -> bool:
+        """Return whether an id stands for a token: ids at or above ``vocab_size`` do not, nor do gaps below it."""
+        return 0 <= token < self.vocab_size
+
+    def document_start(self, *, prepend_bos: bool) -> list[int]:
+        """Return the tokens before the text of a document: the beginning-of-sequence token, or none.
+
+        Raises:
+            UsageError: the tokenizer has no such token.
+        """
+        if not prepend_bos:
+            return []
+        if self.bos < 0:
+            raise UsageError(
+                "--prepend-bos needs a tokenizer with a beginning-of-sequence token, and this one has none; leave it"
+                f' out, or name a token in {TOKENIZER_CONFIG}: {{"bos_token": "..."}}'
+            )
+        return [self.bos]
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -75,13 +123,14 @@ class SentencePieceTokenizer(Tokenizer):
             self._processor.LoadFromSerializedProto(serialized)
         except RuntimeError as error:
             raise UsageError(
-                f"{source} is not a whole SentencePiece model; give a .model file of sentencepiece or of "
-                "tools/train_tokenizer.py"
+                f"{source} is not a whole SentencePiece model, nor a Hugging Face tokenizer.json; give a .model file "
+                "of sentencepiece or of tools/train_tokenizer.py, or a tokenizer.json"
             ) from error
         self.vocab_size = int(self._processor.get_piece_size())
         self.eod = int(self._processor.eos_id())
         if self.eod < 0:
             raise UsageError(f"{source} has no end-of-document token; train it with an eos piece")
+        self.bos = int(self._processor.bos_id())
         pad = int(self._processor.pad_id())
         self.pad = -1 if pad == self.eod else pad
         self.unique_identifiers = _identifiers("sentencepiece", serialized)
@@ -105,42 +154,49 @@ class SentencePieceTokenizer(Tokenizer):
             ids += self._processor.encode(part)
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids; control tokens are left out."""
-        return str(self._processor.decode([int(token) for token in ids]))
+    def _decode(self, tokens: list[int]) -> str:
+        """Return the text; control tokens are left out."""
+        return str(self._processor.decode(tokens))
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A ``tokenizer.json`` of the Hugging Face ``tokenizers`` library.
 
     Args:
-        path: the ``tokenizer.json``; a ``tokenizer_config.json`` beside it may name the end-of-document token
-            (``eos_token``), else one of the usual names is looked for.
+        path: of the ``tokenizer.json``; a ``tokenizer_config.json`` beside it may name the end-of-document token
+            (``eos_token``) and the beginning-of-sequence token (``bos_token``), else the usual names are looked for;
+            its ``split_special_tokens`` says that special tokens in a text are spelled in pieces.
+        serialized: content of the file.
 
     Raises:
         UsageError: when the file is no such tokenizer, or has no end-of-document token.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, serialized: bytes) -> None:
         import tokenizers
 
-        serialized = read_small(path)
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(serialized)
         except Exception as error:  # the library raises nothing narrower
             raise UsageError(f"{path} is not a Hugging Face tokenizer.json ({_one_line(error)})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        config = path.with_name(TOKENIZER_CONFIG)
+        self.splits_special_tokens = read_tokenizer_config(config).get("split_special_tokens") is True
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values(), default=-1) + 1
-        self.eod = self._find_end_token(path, vocabulary)
+        self._known = frozenset(vocabulary.values())
+        self.vocab_size = max(self._known, default=-1) + 1
+        self.eod = self._find_end_token(path, config, vocabulary)
+        before = self._put_before_texts()
+        self.adds_bos = len(before) == 1
+        names = (special_token(config, "bos_token"), *_KNOWN_BEGIN_TOKENS)
+        named = [vocabulary[name] for name in names if name in vocabulary]
+        self.bos = before[0] if self.adds_bos else next(iter(named), -1)
         self.unique_identifiers = _identifiers("huggingface", serialized)
 
     @staticmethod
-    def _find_end_token(path: Path, vocabulary: dict[str, int]) -> int:
-        config = path.with_name("tokenizer_config.json")
-        names = [_read_eos_token(config)] if config.is_file() else []
-        for name in (*names, *_KNOWN_END_TOKENS):
+    def _find_end_token(path: Path, config: Path, vocabulary: dict[str, int]) -> int:
+        for name in (special_token(config, "eos_token"), *_KNOWN_END_TOKENS):
             if name is not None and name in vocabulary:
                 return vocabulary[name]
         raise UsageError(
@@ -148,20 +204,36 @@ class HuggingFaceTokenizer(Tokenizer):
             f'name one of its tokens in {config}: {{"eos_token": "..."}}'
         )
 
+    def _put_before_texts(self) -> list[int]:
+        """Return the tokens that the post-processor puts before every text."""
+        try:
+            encoding = self._tokenizer.encode("a")
+        except Exception:  # the library raises nothing narrower; a tokenizer need not be able to spell an a
+            return []
+        # Added tokens are marked; the text's own ones end them.
+        mask = encoding.special_tokens_mask
+        return list(encoding.ids[: mask.index(0)]) if 0 in mask else []
+
+    def knows(self, token: int) -> bool:
+        """Return whether an id stands for a token; ids in a file may leave gaps."""
+        return token in self._known
+
     def encode(self, text: str) -> list[int]:
         """Return the token ids of ``text``, without any special token added.
 
         Raises:
             UsageError: the tokenizer cannot spell it.
         """
+        # Set at each call, because a copy in another process loses it.
+        self._tokenizer.encode_special_tokens = self.splits_special_tokens
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         except Exception as error:  # the library raises nothing narrower
             raise UsageError(f"the tokenizer cannot encode a text ({_one_line(error)}); give a whole one") from error
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of token ids, special tokens included."""
-        return str(self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False))
+    def _decode(self, tokens: list[int]) -> str:
+        """Return the text, special tokens included."""
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
 
 
 class NullTokenizer(Tokenizer):
@@ -197,17 +269,17 @@ class NullTokenizer(Tokenizer):
             ids.append(int(word))
         return ids
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def _decode(self, tokens: list[int]) -> str:
         """Return the ids as decimal numbers, a space between two."""
-        return " ".join(str(int(token)) for token in ids)
+        return " ".join(map(str, tokens))
 
 
 def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
     """Load a tokenizer.
 
     Args:
-        spec: a SentencePiece ``.model`` file, a Hugging Face ``tokenizer.json`` (any name in ``.json``), or
-            ``null:VOCAB_SIZE`` for tokenized data.
+        spec: a SentencePiece model, a Hugging Face ``tokenizer.json`` (either by any name: its content decides), a
+            folder that holds one of them, or ``null:VOCAB_SIZE`` for tokenized data.
 
     Raises:
         UsageError: when ``spec`` is none of these, the file is missing, broken or of another kind, or the tokenizer
@@ -221,18 +293,19 @@ def load_tokenizer(spec: str | os.PathLike[str]) -> Tokenizer:
         return NullTokenizer(int(size))
     if fault := not_local(name):
         raise UsageError(f"tokenizer {fault}")
-    path = Path(name)
-    if path.suffix not in (".model", ".json"):
-        raise UsageError(
-            f"tokenizer {name} is of no known kind; give a SentencePiece .model, a Hugging Face tokenizer.json "
-            f"or {NULL_PREFIX}VOCAB_SIZE"
-        )
+    path = find_tokenizer(name)
     try:
-        if path.suffix == ".model":
-            return SentencePieceTokenizer(read_small(path), name)
-        return HuggingFaceTokenizer(path)
+        content = read_small(path)
+        if is_json(path, content):
+            return HuggingFaceTokenizer(path, content)
     except OSError as error:
-        raise UsageError(f"tokenizer {name} cannot be read: {error.strerror}; check the path") from error
+        raise UsageError(f"tokenizer {path} cannot be read: {error.strerror}; check the path") from error
+    tokenizer = SentencePieceTokenizer(content, str(path))
+    config = read_tokenizer_config(path.with_name(TOKENIZER_CONFIG))
+    llama = config.get("tokenizer_class") in ("LlamaTokenizer", "LlamaTokenizerFast")
+    # Transformers' class for these models adds it unless the config says otherwise.
+    tokenizer.adds_bos = tokenizer.bos >= 0 and config.get("add_bos_token", llama) is True
+    return tokenizer
 
 
 def train_sentencepiece(
@@ -297,18 +370,6 @@ def train_sentencepiece(
     path = Path(f"{os.fspath(prefix)}.model")
     write_atomically(path, model.getvalue(), remedy="choose another --output")
     return path
-
-
-def _read_eos_token(config: Path) -> str | None:
-    """Return the ``eos_token`` of a ``tokenizer_config.json``: a string, or an object with its ``content``."""
-    try:
-        fields = read_json(config)
-    except ValueError as error:
-        raise UsageError(f"{config} is not JSON ({_one_line(error)}); mend or remove it") from error
-    token = fields.get("eos_token") if isinstance(fields, dict) else None
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
 
 
 def _is_decimal(word: str) -> bool:

@@ -19,11 +19,14 @@ CONTRACT = ("method", "depth", "tokens", "flops", "lr", "loss")
 TOLD = {"depth", "num_layers", "train_tokens", "lr"}
 # Sections that decide what is learned, less their fields that do not, or that others follow from or stand for.
 COURSE: dict[str, set[str]] = {
-    "model": {"depth", "aspect_ratio", "make_vocab_size_divisible_by"},
+    "model": {
+        *("depth", "aspect_ratio", "make_vocab_size_divisible_by"),
+        *("unpadded_vocab_size", "max_position_embeddings"),
+    },
     "moe": set(),
     "parallel": {"distributed_timeout_minutes", "overlap_grad_reduce", "overlap_param_gather"},
     "optimizer": {"lr", "use_checkpoint_opt_param_scheduler"},
-    "data": {"data_path", "tokenizer_model", "data_cache_path", "num_workers"},
+    "data": {"data_path", "tokenizer_model", "prepend_bos", "data_cache_path", "num_workers"},
     "training": {"exit_interval", "eval_interval"},
     # A point's folders for checkpoints are the sweep's; what it starts from is its own.
     "checkpoint": {"save", "load", "save_interval", "keep", "async_save"},

@@ -38,7 +38,10 @@ SPHERES = (
 )
 # Sections that decide the course of training, with their fields that do not.
 COURSE = {
-    "model": {*ARCHITECTURE, "depth", "aspect_ratio", "make_vocab_size_divisible_by", "embedding_init_std"},
+    "model": {
+        *(*ARCHITECTURE, "depth", "aspect_ratio", "make_vocab_size_divisible_by", "embedding_init_std"),
+        *("unpadded_vocab_size", "max_position_embeddings"),
+    },
     "moe": {*ARCHITECTURE, "moe_sparsity", "moe_topk", "moe_shared_expert", "moe_token_dispatcher_type"},
     "optimizer": {"ns_strategy", "ns_backend", "use_checkpoint_opt_param_scheduler"},
     "transfer": set[str](),

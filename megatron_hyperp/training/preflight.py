@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from megatron_hyperp import arguments, checksums, device, libraries
 from megatron_hyperp.config import Config
+from megatron_hyperp.data import settings
 from megatron_hyperp.data.content import check_content
 from megatron_hyperp.data.datasets import check_shares, parse_blend
-from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
+from megatron_hyperp.data.indexed import check_prefix, check_vocabulary, first_token
 from megatron_hyperp.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.orthogonalize import check_backend
@@ -29,11 +30,12 @@ from megatron_hyperp.training.schedule import SCHEDULE, Schedule
 CORPUS_READ_IN_FULL = 256_000_000
 
 
-def check(config: Config, world_size: int) -> tuple[Config, Tokenizer | None, Path | None]:
+def check(config: Config, world_size: int) -> tuple[Config, Tokenizer | None, Path | None, Schedule]:
     """Resolve the config and look at everything on disk, before any process group exists.
 
     Returns:
-        The resolved config, the tokenizer (None for ``--mock-data`` without one), and the checkpoint to start from.
+        The resolved config, the tokenizer (None for ``--mock-data`` without one), the checkpoint to start from, and the
+        schedule.
 
     Raises:
         UsageError: anything that cannot run.
@@ -62,6 +64,8 @@ def check(config: Config, world_size: int) -> tuple[Config, Tokenizer | None, Pa
         raise UsageError(f"--ns-backend {options.ns_backend}: {error}") from error
     if not config.data.mock_data:
         _check_corpora(config)
+        assert tokenizer is not None
+        _take_corpus_settings(config, tokenizer)
     checkpointing.check_writable(config.logging.run_dir, "--run-dir")
     if config.logging.tensorboard_dir:
         checkpointing.check_writable(config.logging.tensorboard_dir, "--tensorboard-dir")
@@ -73,7 +77,7 @@ def check(config: Config, world_size: int) -> tuple[Config, Tokenizer | None, Pa
             same_on_all_ranks=True,
         )
     _check_checkpoint(config, course, folder)
-    return config, tokenizer, folder
+    return config, tokenizer, folder, course
 
 
 def _tokenizer(config: Config) -> Tokenizer | None:
@@ -104,6 +108,20 @@ def _check_corpora(config: Config) -> None:
         check_vocabulary(prefix, config.model.vocab_size, full_scan_bytes=CORPUS_READ_IN_FULL)
     evaluated = training.eval_iters if training.eval_interval else 0
     check_shares(config.data.split, infos, config.model.seq_length, (training.train_iters, evaluated))
+
+
+def _take_corpus_settings(config: Config, tokenizer: Tokenizer) -> None:
+    """Set in the config how the documents of its corpora begin, which exports, evaluation and generation follow."""
+    prefixes = [prefix for _, prefix in parse_blend(config.data.data_path)]
+    config.data.prepend_bos = settings.blend_prepends_bos(prefixes, asked=config.data.prepend_bos)
+    start = tokenizer.document_start(prepend_bos=config.data.prepend_bos)
+    for prefix in prefixes:
+        if start and (token := first_token(prefix)) not in start:
+            raise UsageError(
+                f"the first document of {prefix} begins with token {token}, not with the beginning-of-sequence token"
+                f" {start[0]} of --tokenizer-model; give the tokenizer it was preprocessed with, or leave out"
+                " --prepend-bos"
+            )
 
 
 def planned(

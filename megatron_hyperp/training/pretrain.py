@@ -17,6 +17,7 @@ from megatron_hyperp.training.agreement import agree
 from megatron_hyperp.training.loop import Trainer
 from megatron_hyperp.training.preflight import check, planned, verify
 from megatron_hyperp.training.resiliency import launcher_reports
+from megatron_hyperp.training.schedule import Schedule
 
 # What a disk says that is full, read-only, broken or gone.
 DISK_FAILURES = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENOTDIR}
@@ -38,12 +39,12 @@ def pretrain(config: Config, *, world_size: int) -> int:
             data died.
     """
     given = config
-    config, tokenizer, resume_from = check(given, world_size)
+    config, *checked = check(given, world_size)
     device.adapt_megatron()
     try:
         device.init_process_group(config.parallel.distributed_timeout_minutes, run=config.logging.run_dir)
         with run_lock.held(config):
-            return _pretrain(given, config, tokenizer, resume_from)
+            return _pretrain(given, config, *checked)
     except OSError as error:
         if error.errno not in DISK_FAILURES:
             raise
@@ -58,14 +59,17 @@ def pretrain(config: Config, *, world_size: int) -> int:
         raise LostRankError(message) from error
 
 
-def _pretrain(given: Config, config: Config, tokenizer: Any, resume_from: Path | None) -> int:
+def _pretrain(given: Config, config: Config, tokenizer: Any, found: Path | None, schedule: Schedule) -> int:
     """Train into folders that this job alone writes; see :func:`pretrain`."""
     if dist.get_rank() == 0:
         heartbeats.clear(config.logging.run_dir)
-    agree(config, resume_from)
-    resume_from = verify(config, resume_from)
-    # From an older checkpoint than the one that was found, another schedule may follow.
-    config, schedule = planned(given, dist.get_world_size(), tokenizer, resume_from)
+    agree(config, found)
+    resume_from = verify(config, found)
+    if resume_from != found:
+        # From an older checkpoint than the one that was found, another schedule may follow.
+        prepend_bos = config.data.prepend_bos
+        config, schedule = planned(given, dist.get_world_size(), tokenizer, resume_from)
+        config.data.prepend_bos = prepend_bos
     trainer = Trainer(config, tokenizer, resume_from, schedule)
     with trainer.stop_requests.listening(), trainer.heartbeats.beating(), launcher_reports() as trainer.report_alive:
         try:

@@ -150,6 +150,21 @@ def test_vocabulary_is_the_tokenizers_padded() -> None:
     assert resolve(flags, tokenizer_vocab_size=1000).model.vocab_size == 1024
     assert resolve(f"{flags} --make-vocab-size-divisible-by 10", tokenizer_vocab_size=1000).model.vocab_size == 1000
     assert resolve(SMALL, tokenizer_vocab_size=60).model.vocab_size == 64
+    # The number of ranks counts only if they would not divide it.
+    six = f"{flags} --num-attention-heads 6 --num-query-groups 6 --kv-channels 16 --ffn-hidden-size 96"
+    for ranks, rows in ((2, 1024), (3, 1152), (6, 1536)):
+        layout = f"{six} --tensor-model-parallel-size {ranks} --global-batch-size 12"
+        assert resolve(layout, world_size=ranks, tokenizer_vocab_size=1000).model.vocab_size == rows
+
+
+def test_the_vocabulary_before_padding_is_recorded() -> None:
+    assert resolve(SMALL, tokenizer_vocab_size=60).model.unpadded_vocab_size == 60
+    assert resolve(SMALL).model.unpadded_vocab_size is None
+    # An imported model's own vocabulary stays, if the tokenizer knows fewer tokens.
+    assert resolve(f"{SMALL} --unpadded-vocab-size 62", tokenizer_vocab_size=60).model.unpadded_vocab_size == 62
+    without = SMALL.replace(" --vocab-size 64", "")
+    model = resolve(f"{without} --unpadded-vocab-size 129", tokenizer_vocab_size=60).model
+    assert (model.vocab_size, model.unpadded_vocab_size) == (256, 129)
 
 
 def test_duration_follows_from_iterations_or_tokens() -> None:

@@ -186,6 +186,54 @@ def test_what_cannot_be_expressed_is_named(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["Qwen3", "Llama"])
+def test_absent_keys_are_what_transformers_takes_them_for(name: str) -> None:
+    import transformers
+
+    kind = getattr(transformers, f"{name}Config")
+    for given in (
+        {},
+        {"hidden_size": 64, "num_attention_heads": 4},
+        {"num_attention_heads": 64, "num_key_value_heads": 8},
+        {"hidden_act": "swish", "tie_word_embeddings": True},
+    ):
+        theirs = kind(**given)
+        ours = hf_config.from_json({"architectures": [f"{name}ForCausalLM"], **given}, "here").model
+        activation = transformers.activations.ACT2FN[theirs.hidden_act]
+        assert torch.equal(activation(torch.arange(-9.0, 9.0)), torch.nn.functional.silu(torch.arange(-9.0, 9.0)))
+        found = {
+            "vocab_size": ours.vocab_size,
+            "hidden_size": ours.hidden_size,
+            "intermediate_size": ours.ffn_hidden_size,
+            "num_hidden_layers": ours.num_layers,
+            "num_attention_heads": ours.num_attention_heads,
+            "num_key_value_heads": ours.num_query_groups,
+            "head_dim": ours.kv_channels,
+            "rms_norm_eps": ours.norm_epsilon,
+            "max_position_embeddings": ours.max_position_embeddings,
+            "tie_word_embeddings": not ours.untie_embeddings_and_output_weights,
+            "rope_parameters": {"rope_type": "default", "rope_theta": ours.rotary_base},
+            "attention_bias": False,
+        }
+        assert found == {key: getattr(theirs, key) for key in found}
+
+
+def test_positions_and_rotary_base_are_carried(tmp_path: Path) -> None:
+    """Of an imported model, whose training here may take shorter sequences."""
+    model = model_config(rotary_base=50000, max_position_embeddings=8192)
+    folder = export(tmp_path / "hf", RandomSource(model))
+    content = json.loads((folder / "config.json").read_text())
+    assert content["max_position_embeddings"] == 8192
+    # The first for transformers 4, the second for 5.
+    assert content["rope_theta"] == content["rope_parameters"]["rope_theta"] == 50000
+    for file in (state.CONFIG, state.STATE):
+        (folder / file).unlink()
+    imported = HuggingFaceSource(folder).config
+    assert (imported.model.seq_length, imported.model.max_position_embeddings) == (4096, 8192)
+    assert hf_config.to_json(imported, dtype="float32", bos=None, eos=None)["max_position_embeddings"] == 8192
+    assert hf_config.to_json(model_config(), dtype="float32", bos=None, eos=None)["max_position_embeddings"] == 64
+
+
 def test_radii_are_those_of_the_weights(tmp_path: Path) -> None:
     source = write_random(tmp_path / "ours")
     convert(job(source="hyperp", target="hf", input=tmp_path / "ours", output=tmp_path / "hf"))

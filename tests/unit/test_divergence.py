@@ -42,7 +42,7 @@ def train(prefix: str, folder: Path, *, plant: Plant | None = None, at: range = 
     shape = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "global_batch_size": 8}
     places = {"save": str(root), "load": str(root)}
     config = toy_config(prefix, folder, **{**shape, "train_iters": SKIPS + 6, **places, **fields})
-    config, tokenizer, resume_from = check(config, 1)
+    config, tokenizer, resume_from, _ = check(config, 1)
     try:
         trainer = Trainer(config, tokenizer, resume_from)
         original = trainer._train_batch

@@ -65,7 +65,7 @@ def test_sampling_follows_the_seed(tmp_path: Path, capsys: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--max-new-tokens", "64", "--prompt", "1"], "more than the 64 that the model was trained on"),
+        (["--max-new-tokens", "64", "--prompt", "1"], "more than the 64 that the model has positions for"),
         (["--temperature", "-1"], "--temperature is -1"),
         (["--top-p", "0"], "--top-p 0"),
         (["--samples", "2"], "do nothing when greedy"),

@@ -159,7 +159,8 @@ def test_killed_run_leaves_no_prefix_and_no_workers(tmp_path: Path) -> None:
     wait_until(lambda: not session_members(process.pid))
     # The next run is not disturbed by what is left.
     write_corpus(numbers(3), tmp_path / "corpus", TOKENIZER)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus.bin", "corpus.idx"]
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["corpus.bin", "corpus.idx", "corpus.settings.json"]
 
 
 def wait_until(condition, seconds: float = 30.0) -> None:  # type: ignore[no-untyped-def]

@@ -67,6 +67,16 @@ REFUSALS = [
     Refusal(f"{SMALL} --hidden-size 12", "--kv-channels is 3", "even head size, 4, say"),
     Refusal(WITHOUT_VOCABULARY, "vocabulary is not known", "give --tokenizer-model or --vocab-size"),
     Refusal(SMALL, "65 tokens, more than --vocab-size 64", "raise it, or leave it out", {"tokenizer_vocab_size": 65}),
+    Refusal(
+        f"{SMALL} --unpadded-vocab-size 65",
+        "--unpadded-vocab-size 65 is more than --vocab-size 64",
+        "lower it, or leave it out",
+    ),
+    Refusal(
+        f"{SMALL} --max-position-embeddings 8",
+        "--max-position-embeddings 8 is less than --seq-length 16",
+        "raise it, or leave it out",
+    ),
     # Layout
     Refusal(
         f"{SMALL} {TP2}",

@@ -165,5 +165,5 @@ def test_what_a_command_writes_is_not_writable_to_all(tmp_path: Path) -> None:
         preexec_fn=lambda: os.umask(0),
     )
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()}
-    assert modes == {"toy.bin": 0o664, "toy.checksums.json": 0o664, "toy.idx": 0o664}
+    assert modes == {f"toy.{suffix}": 0o664 for suffix in ("bin", "checksums.json", "idx", "settings.json")}
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o775

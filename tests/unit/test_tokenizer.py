@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import pickle
+import shutil
 from pathlib import Path
 
 import pytest
 
+from megatron_hyperp.convert import hf_tokenizer
 from megatron_hyperp.data.tokenizer import END_OF_DOCUMENT, Tokenizer, load_tokenizer, train_sentencepiece
 from megatron_hyperp.errors import UsageError
 
@@ -144,10 +147,67 @@ def test_null_tokenizer_reads_ids() -> None:
             tokenizer.encode(text)
 
 
-@pytest.mark.parametrize("spec", ["null:", "null:1", "null:x", "null:-5", "null:" + "9" * 5000, "vocab.txt", "gpt2"])
+@pytest.mark.parametrize("spec", ["null:", "null:1", "null:x", "null:-5", "null:" + "9" * 5000, "/nowhere/vocab.txt"])
 def test_unknown_kinds_are_refused(spec: str) -> None:
-    with pytest.raises(UsageError, match=r"null|of no known kind"):
+    with pytest.raises(UsageError, match=r"null|does not exist; give a SentencePiece model"):
         load_tokenizer(spec)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "meta-llama/Llama-3.1-8B"])
+def test_names_of_the_hub_are_not_looked_up(name: str) -> None:
+    with pytest.raises(UsageError, match=f"nothing is downloaded .* run hf download {name} tokenizer.json"):
+        load_tokenizer(name)
+
+
+def test_a_folder_is_a_tokenizer(sentencepiece_path: Path, hugging_face_path: Path, tmp_path: Path) -> None:
+    """As downloaded: what transformers would read of it, and its config beside it."""
+    with pytest.raises(UsageError, match=r"holds neither tokenizer\.json nor tokenizer\.model; .*save_pretrained"):
+        load_tokenizer(tmp_path)
+    shutil.copyfile(sentencepiece_path, tmp_path / "tokenizer.model")
+    assert load_tokenizer(tmp_path).unique_identifiers == load_tokenizer(sentencepiece_path).unique_identifiers
+    shutil.copyfile(hugging_face_path, tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<pad>"}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.unique_identifiers == load_tokenizer(hugging_face_path).unique_identifiers
+    assert tokenizer.eod == 0
+
+
+def test_content_decides_and_not_the_name(sentencepiece_path: Path, hugging_face_path: Path, tmp_path: Path) -> None:
+    for source in (sentencepiece_path, hugging_face_path):
+        for name in ("tokenizer", "tok.bin", "swapped.json", "swapped.model"):
+            copy = tmp_path / name
+            shutil.copyfile(source, copy)
+            if name == "swapped.json" and source == sentencepiece_path:
+                continue
+            assert load_tokenizer(copy).unique_identifiers == load_tokenizer(source).unique_identifiers
+
+
+@pytest.mark.parametrize("name", ["cl100k_base.tiktoken", "tokenizer.model"])
+def test_tiktoken_files_are_named(tmp_path: Path, name: str) -> None:
+    """Llama 3's original download has one by the name of a SentencePiece model."""
+    (tmp_path / name).write_bytes(b"IQ== 0\nIg== 1\nIw== 2\n")
+    with pytest.raises(UsageError, match=rf"{name} is a tiktoken file, .*tokenizer\.json with transformers"):
+        load_tokenizer(tmp_path / name)
+
+
+def test_an_export_splits_special_tokens_as_its_source_does(tmp_path: Path) -> None:
+    """A SentencePiece model spells the text of a special token in pieces; so does the tokenizer.json made of it."""
+    path = train_sentencepiece([SOURCE], tmp_path / "source", vocab_size=400)
+    ours = load_tokenizer(path)
+    hf_tokenizer.write(tmp_path, str(path), max_length=64)
+    copies = [load_tokenizer(tmp_path), pickle.loads(pickle.dumps(load_tokenizer(tmp_path / "tokenizer.json")))]
+    for text in AWKWARD_TEXTS:
+        assert [copy.encode(text) for copy in copies] == [ours.encode(text)] * 2
+
+
+def test_the_beginning_token_is_found(hugging_face_path: Path, sentencepiece_path: Path, tmp_path: Path) -> None:
+    assert (load_tokenizer(sentencepiece_path).bos, load_tokenizer(hugging_face_path).bos) == (-1, -1)
+    shutil.copyfile(hugging_face_path, tmp_path / "tokenizer.json")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": {"content": "<pad>"}}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.bos, tokenizer.adds_bos) == (0, False)
+    assert tokenizer.document_start(prepend_bos=True) == [0]
+    assert tokenizer.document_start(prepend_bos=False) == []
 
 
 @pytest.mark.parametrize("name", ["absent.model", "absent.json"])

@@ -112,6 +112,6 @@ def test_mock_data_trains_and_resumes(tmp_path: Path) -> None:
 
 
 def test_mock_data_has_the_papers_vocabulary_by_default(tmp_path: Path) -> None:
-    config, tokenizer, _ = preflight.check(toy_config("", tmp_path, **{**SMALL, **MOCK, "vocab_size": None}), 1)
+    config, tokenizer, *_ = preflight.check(toy_config("", tmp_path, **{**SMALL, **MOCK, "vocab_size": None}), 1)
     assert tokenizer is None
     assert config.model.vocab_size == 32000
