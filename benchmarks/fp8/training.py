@@ -67,7 +67,7 @@ def train(
     config.logging.log_interval, config.logging.stability_interval, config.logging.quiet = 1, 0, True
     with tempfile.TemporaryDirectory() as folder:
         config.logging.run_dir = folder
-        config, tokenizer, _ = check(config, 1)
+        config, tokenizer, *_ = check(config, 1)
         trainer = Trainer(config, tokenizer, None)
         trainer.train()
         trainer.close_reports()

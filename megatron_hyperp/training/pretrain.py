@@ -39,12 +39,12 @@ def pretrain(config: Config, *, world_size: int) -> int:
             data died.
     """
     given = config
-    config, *checked = check(given, world_size)
+    config, tokenizer, found, schedule = check(given, world_size)
     device.adapt_megatron()
     try:
         device.init_process_group(config.parallel.distributed_timeout_minutes, run=config.logging.run_dir)
         with run_lock.held(config):
-            return _pretrain(given, config, *checked)
+            return _pretrain(given, config, tokenizer, found, schedule)
     except OSError as error:
         if error.errno not in DISK_FAILURES:
             raise
