@@ -8,10 +8,8 @@ workers are in ``test_kill.py``.
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,8 +25,8 @@ from megatron_hyperp.errors import EXIT_STOPPED, EXIT_USAGE
 from megatron_hyperp.training.checkpointing import candidates, complete_checkpoints, iteration_of
 from megatron_hyperp.training.logging import METRICS_FILE, read_events, read_metrics
 from tests.faults.planting import STRUCK
-from tests.functional.launch import ROOT, assert_same_run
-from tests.run_distributed import free_port, torchrun_environment
+from tests.functional.launch import assert_same_run, environment, run_entry
+from tests.run_distributed import free_port, torchrun_environment, warm_context
 
 # Runs in a rank before the entry point does.
 Plant = Callable[[], Any]
@@ -63,34 +61,8 @@ class Ending:
         return [line for text in self.errors for line in text.splitlines() if "error: " in line]
 
 
-def context() -> Any:
-    """Return the context whose processes are forked from one that has imported the training."""
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    os.environ["OMP_NUM_THREADS"] = "1"
-    found = multiprocessing.get_context("forkserver")
-    found.set_forkserver_preload(["tests.faults.preload"])
-    return found
-
-
-def _rank(rank: int, ranks: int, port: int, words: Sequence[str], place: Path, log: Path, plant: Plant | None) -> None:
-    os.environ |= torchrun_environment(rank, ranks, port) | {
-        "WANDB_MODE": "offline",
-        STRUCK: str(log.with_suffix(".struck")),
-    }
-    for number, suffix in ((1, ".out"), (2, ".err")):
-        descriptor = os.open(log.with_suffix(suffix), os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
-        os.dup2(descriptor, number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-    os.chdir(place)
-    import torch
-
-    from examples.pretrain_gpt import main
-    from megatron_hyperp.errors import run_command
-
-    torch.set_num_threads(1)
-    if plant is not None:
-        plant()
-    run_command(main, list(words))
+def _environment(rank: int, ranks: int, port: int, log: Path) -> dict[str, str]:
+    return environment() | torchrun_environment(rank, ranks, port) | {STRUCK: str(log.with_suffix(".struck"))}
 
 
 @dataclass
@@ -130,15 +102,13 @@ class Job:
         for log in logs:
             log.with_suffix(".struck").unlink(missing_ok=True)
         processes = [
-            context().Process(
-                target=_rank,
+            warm_context().Process(
+                target=run_entry,
                 args=(
-                    rank,
-                    self.ranks,
-                    port,
                     (words or {}).get(rank, self.words()),
                     self.place,
                     logs[rank],
+                    _environment(rank, self.ranks, port, logs[rank]),
                     (plants or {}).get(rank),
                 ),
             )

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ def run(config: Path, *flags: Any, ranks: int = 1, timeout: float = 240) -> subp
             environment() | (torchrun_environment(r, ranks, port) if ranks > 1 else {}) for r in range(ranks)
         ]
         processes = [
-            warm_context().Process(target=run_entry, args=(words, ROOT, log, variables))
+            warm_context().Process(target=run_entry, args=(words, ROOT, log, variables, _leave_errors_quickly))
             for log, variables in zip(logs, environments, strict=True)
         ]
         for process in processes:
@@ -79,7 +79,9 @@ def run(config: Path, *flags: Any, ranks: int = 1, timeout: float = 240) -> subp
     return subprocess.CompletedProcess(words, code, output, errors)
 
 
-def run_entry(words: Sequence[str], place: Path, log: Path, variables: dict[str, str]) -> None:
+def run_entry(
+    words: Sequence[str], place: Path, log: Path, variables: dict[str, str], before: Callable[[], Any] | None = None
+) -> None:
     """Run the entry point in this forked process, its output in files; it ends the process.
 
     Args:
@@ -87,6 +89,7 @@ def run_entry(words: Sequence[str], place: Path, log: Path, variables: dict[str,
         place: working folder.
         log: where output goes, with the suffixes .out and .err.
         variables: the environment.
+        before: called first.
     """
     os.environ.clear()
     os.environ |= variables
@@ -98,12 +101,19 @@ def run_entry(words: Sequence[str], place: Path, log: Path, variables: dict[str,
     import torch
 
     from examples.pretrain_gpt import main
-    from megatron_hyperp import errors
+    from megatron_hyperp.errors import run_command
 
     torch.set_num_threads(1)
-    # There is no launcher to end the other ranks, so that rank 0 has all the time it needs for its message.
+    if before is not None:
+        before()
+    run_command(main, list(words))
+
+
+def _leave_errors_quickly() -> None:
+    """Shorten the time that a rank gives rank 0 to print an error that all have: no launcher here ends rank 0."""
+    from megatron_hyperp import errors
+
     errors.SECONDS_FOR_RANK_0 = 0.5
-    errors.run_command(main, list(words))
 
 
 def train(config: Path, *flags: Any, ranks: int = 1, timeout: float = 240) -> str:

@@ -108,9 +108,7 @@ def test_weights_alone_have_no_schedule_to_keep(tmp_path: Path) -> None:
     resolved, course = preflight.planned(config, 1, None, folder)
     assert (resolved, course) == (config.resolve(), Schedule.of(config.resolve()))
     config.optimizer.use_checkpoint_opt_param_scheduler = True
-    with pytest.raises(
-        UsageError, match=r"needs a checkpoint of a training, but .* gives its weights alone"
-    ):
+    with pytest.raises(UsageError, match=r"needs a checkpoint of a training, but .* gives its weights alone"):
         preflight.planned(config, 1, None, folder)
 
 
