@@ -146,8 +146,10 @@ def test_index_of_a_checkpoint(folders: dict[str, Path], changes: list[tuple[str
         run("checkpoint, index", read, "hyperp", folder, refusals=(UsageError,))
 
 
-HF: dict[str, Any] = hf_config.to_json(inputs.model_config(**inputs.TINY), dtype="float32", eos=1)
-MOE: dict[str, Any] = hf_config.to_json(inputs.model_config(**inputs.TINY, **inputs.EXPERTS), dtype="float32", eos=1)
+HF: dict[str, Any] = hf_config.to_json(inputs.model_config(**inputs.TINY), dtype="float32", bos=None, eos=1)
+MOE: dict[str, Any] = hf_config.to_json(
+    inputs.model_config(**inputs.TINY, **inputs.EXPERTS), dtype="float32", bos=None, eos=1
+)
 
 
 @fuzzed(120)
