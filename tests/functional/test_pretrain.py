@@ -69,6 +69,18 @@ def straight(workspace: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
+def test_pretrained_weights_fit_any_layout(workspace: Path, stopped: Path, tmp_path: Path) -> None:
+    """Weights that two tensor-parallel ranks saved: the losses are the same on one rank and on two pipeline stages."""
+    found = []
+    for name, layout, ranks in (("one", (), 1), ("stages", PP2, 2)):
+        start = ("--pretrained-checkpoint", stopped / "checkpoints", "--train-iters", 2)
+        train(workspace / "config.yaml", *flags(tmp_path / name, save=f"{name}-ckpt"), *start, *layout, ranks=ranks)
+        found.append([training_rows(tmp_path / name)[iteration]["loss"] for iteration in (1, 2)])
+    assert found[0] == pytest.approx(found[1], rel=tolerances.LAYOUT_LOSS)
+    assert found[0][0] < training_rows(stopped)[5]["loss"]
+
+
 @pytest.fixture(scope="module")
 def stopped(workspace: Path) -> Path:
     """Stopped at iteration 10, TP = 2."""
