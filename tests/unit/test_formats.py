@@ -78,13 +78,18 @@ CONTENTS: dict[str, bytes] = {
 LONG = "x" * 700_000  # longer than what is looked at
 
 
+def gz(content: bytes) -> bytes:
+    """Without a time stamp: pytest-xdist wants the same names of tests in all its processes."""
+    return gzip.compress(content, mtime=0)
+
+
 def zstd(content: bytes) -> bytes:
     return zstandard.ZstdCompressor().compress(content)
 
 
 COMPRESS: dict[str, Callable[[bytes], bytes]] = {
     "none": bytes,
-    "gzip": gzip.compress,
+    "gzip": gz,
     "bzip2": bz2.compress,
     "xz": lambda content: lzma.compress(content, preset=0),
     "zstd": zstd,
@@ -136,12 +141,12 @@ def test_recognized(tmp_path: Path, name: str, content: bytes, texts: list[str])
         ("a", bytes(range(1, 256)) * 4, "is not text, but binary"),
         ("a", b"x" * 257 + b"ustar  \0", r"binary \(tar\)"),
         ("a", b"ARROW1\0\0", r"binary \(Arrow\)"),
-        ("a", gzip.compress(gzip.compress(b"a")), r"compressed twice \(gzip\)"),
+        ("a", gz(gz(b"a")), r"compressed twice \(gzip\)"),
         ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid", r"a\.parquet is a Git LFS pointer"),
         ("a.txt", "text".encode("utf-16"), r"a\.txt is not UTF-8 text \(byte 0\)"),
         ("a.txt", "caf\u00e9 and more".encode("latin-1"), r"a\.txt is not UTF-8 text \(byte 3\)"),
         ("a.jsonl", b"<html>not found</html>\n", r"a\.jsonl:1 is not JSON"),
-        ("a.json.gz", gzip.compress(b"not JSON\n"), r"a\.json\.gz:1 is not JSON"),
+        ("a.json.gz", gz(b"not JSON\n"), r"a\.json\.gz:1 is not JSON"),
         ("a.json", b'[{"text": "a"},\n{"text" "b"}]', r"a\.json:2 is not JSON \(Expecting ':' delimiter\)"),
         ("a.json", b'[{"text": "a"}\n', r"a\.json:2 is not JSON \(\] expected, not the end\)"),
         ("a", b'{"text":\n "a"', r"a:2 is not JSON"),
@@ -155,7 +160,7 @@ def test_recognized(tmp_path: Path, name: str, content: bytes, texts: list[str])
         ("a.parquet", parquet_file([1, 2]), r"a\.parquet has no text in column 'text', but int64"),
         ("a.parquet", parquet_file()[:-9], r"a\.parquet cannot be read as Parquet"),
         ("a.parquet", b"text", r"a\.parquet cannot be read as Parquet"),
-        ("a", gzip.compress(parquet_file()), "a is Parquet in a pipe or compressed"),
+        ("a", gz(parquet_file()), "a is Parquet in a pipe or compressed"),
         ("a", b" \n", r"nothing to read: skipped 1 \(1 empty: a\)"),
     ],
 )  # fmt: skip
@@ -350,7 +355,7 @@ FOLDERS: dict[str, tuple[dict[str, bytes], list[str], list[str], str]] = {
         "1 plain text next to records: README.md)",
     ),
     "compressed shards": (
-        {"README.md": README, "00.jsonl.gz": gzip.compress(CONTENTS["jsonl"]), "01.json.zst": zstd(CONTENTS["jsonl"])},
+        {"README.md": README, "00.jsonl.gz": gz(CONTENTS["jsonl"]), "01.json.zst": zstd(CONTENTS["jsonl"])},
         [], TEXTS * 2, "skipped 1 (1 plain text next to records: README.md)",
     ),
     "many formats, in order": (
@@ -364,7 +369,7 @@ FOLDERS: dict[str, tuple[dict[str, bytes], list[str], list[str], str]] = {
     "one object a file": ({"a.json": b'{\n"text": "a"}', "b.json": b'{"text": "b"}', "c.txt": b"c"}, [], ["a", "b"],
         "skipped 1 (1 plain text next to records: c.txt)"),
     "suffixes": (
-        {"a.txt": b"a", "b.jsonl": CONTENTS["jsonl"], "c.txt.gz": gzip.compress(b"c")},
+        {"a.txt": b"a", "b.jsonl": CONTENTS["jsonl"], "c.txt.gz": gz(b"c")},
         ["--suffixes", ".txt"], ["a", "c"],
         "skipped 1 (1 not .txt: b.jsonl)",
     ),
