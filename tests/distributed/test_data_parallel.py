@@ -24,7 +24,7 @@ def build_trainer(prefix: str, folder: str, overrides: dict[str, Any]) -> Any:
     from megatron_hyperp.training.loop import Trainer
     from megatron_hyperp.training.preflight import check
 
-    config, tokenizer, _ = check(toy_config(prefix, Path(folder), **overrides), int(os.environ["WORLD_SIZE"]))
+    config, tokenizer, *_ = check(toy_config(prefix, Path(folder), **overrides), int(os.environ["WORLD_SIZE"]))
     device.adapt_megatron()
     device.init_process_group(2)
     return Trainer(config, tokenizer, None)
