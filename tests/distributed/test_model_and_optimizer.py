@@ -45,7 +45,7 @@ def build_all(prefix: str, folder: str, world_size: int, ports: list[int]) -> di
     for model, model_fields in MODELS.items():
         for layout, layout_fields in LAYOUTS[world_size].items():
             os.environ["MASTER_PORT"] = str(ports.pop())
-            config, tokenizer, _ = check(toy_config(prefix, Path(folder), **model_fields, **layout_fields), world_size)
+            config, tokenizer, *_ = check(toy_config(prefix, Path(folder), **model_fields, **layout_fields), world_size)
             device.adapt_megatron()
             device.init_process_group(1)
             trainer = Trainer(config, tokenizer, None)
@@ -123,7 +123,7 @@ def step_with_bad_gradients(prefix: str, folder: str, overrides: dict[str, Any])
     from megatron_hyperp.training.preflight import check
 
     world_size, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
-    config, tokenizer, _ = check(toy_config(prefix, Path(folder), **overrides), world_size)
+    config, tokenizer, *_ = check(toy_config(prefix, Path(folder), **overrides), world_size)
     device.adapt_megatron()
     device.init_process_group(1)
     trainer = Trainer(config, tokenizer, None)
