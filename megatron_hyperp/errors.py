@@ -50,6 +50,11 @@ class LostRankError(RuntimeError):
     """Another rank, or a process that this one needs, died or hangs: it cannot go on; the message is one line."""
 
 
+def has_children() -> bool:
+    """Whether :mod:`multiprocessing` would wait for child processes at exit."""
+    return bool(multiprocessing.active_children())
+
+
 def leave_at_once(code: int) -> NoReturn:
     """Exit without handlers; child processes, which hold this one's pipes and sockets, are killed."""
     try:
@@ -90,7 +95,7 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
             with contextlib.suppress(OSError, ValueError):
                 _report(error, debug=debug)
         finally:
-            if isinstance(error, LostRankError) or "RANK" in os.environ or multiprocessing.active_children():
+            if isinstance(error, LostRankError) or "RANK" in os.environ or has_children():
                 leave_at_once(code)
     sys.exit(code or 0)
 

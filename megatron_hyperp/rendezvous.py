@@ -1,7 +1,7 @@
 """Where the processes of a job meet: a TCP port with a store, which must be this job's and no other program's.
 
 ``python -m megatron_hyperp.rendezvous HEAD PORT JOB_ID`` looks at the port before torchrun does. Torchrun would wait
-for ever for a program that accepts connections and is no store, and would use the store of another job as its own.
+forever for a program that accepts connections and is no store, and would use the store of another job as its own.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def main(argv: list[str]) -> None:
     port, wait = number("PORT", options.port, 1, 65535), number("JOIN_TIMEOUT", options.wait, 0, 10**9)
     if options.is_head not in (None, "0", "1"):
         raise UsageError(f"IS_HEAD is {options.is_head!r}; set it to 1 on the node HEAD and to 0 on the others")
-    # What is wrong is said in one line.
+    # Errors are one line.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     is_head = None if options.is_head is None else options.is_head == "1"
     check(options.head, port, options.job, is_head=is_head, wait=wait)

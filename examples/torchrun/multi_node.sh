@@ -32,7 +32,7 @@ conf=join_timeout=$JOIN_TIMEOUT
 [ -z "${NODE_ADDR-}" ] || meeting+=(--local-addr "$NODE_ADDR")
 
 choose_layout $((NNODES * NPROC_PER_NODE))
-# A port that another program or job has is refused: torchrun would wait there for ever, or meet in the other job's store.
+# A port that another program or job has is refused: torchrun would wait there forever, or meet in the other job's store.
 [ "${DRY_RUN:-0}" = 1 ] ||
   "$PYTHON" -m megatron_hyperp.rendezvous ${IS_HEAD:+--is-head "$IS_HEAD"} --wait "$JOIN_TIMEOUT" -- \
     "$HEAD" "$PORT" "$JOB_ID" || exit

@@ -155,7 +155,7 @@ def _adds_bos(tokenizer: str) -> bool:
     try:
         return load_tokenizer(tokenizer).adds_bos
     except UsageError:
-        # It cannot go with an export either, where the same error is told.
+        # It cannot go with an export either, where the same error is reported.
         return False
 
 

@@ -156,7 +156,7 @@ def build_datasets(
             eod_mask_loss=eod_mask_loss,
             create_attention_mask=create_attention_mask,
         )
-        # Megatron would loop for ever over a split without tokens, even if no sample of it is asked for.
+        # Megatron would loop forever over a split without tokens, even if no sample of it is asked for.
         config.split_matrix = [share if size else None for share, size in zip(config.split_matrix, wanted, strict=True)]
         return _build(config, wanted)
 

@@ -70,7 +70,7 @@ class Divergence:
         raise UsageError(f"{line}; {self._way_back(fault)}", same_on_all_ranks=True)
 
     def _way_back(self, fault: Fault) -> str:
-        """Say where a run with damaged weights goes on from.
+        """Return how a run with damaged weights can continue.
 
         Where only the model's copy of the weights is damaged, the optimizer's are those before this iteration.
         """
@@ -106,7 +106,7 @@ class Divergence:
         )
 
     def _way_on(self) -> str:
-        """Save what the last step that was taken left, and say how to go on."""
+        """Save what the last step that was taken left, and return how to continue."""
         before, other = self._last_moved, "with a lower --lr or other data"
         # Where nothing has moved since the start, there is nothing new to save.
         if not self._moved or self._trainer.saver is None:
@@ -115,7 +115,7 @@ class Divergence:
             return failure
         further = f"--load {before} and another --save" if before else "a new run"
         return (
-            f"the weights before them are saved in {self._last_checkpoint}: the same command goes on from there, with"
+            f"the weights before them are saved in {self._last_checkpoint}: the same command continues from there, with"
             f" the data that follow; if it stops again, go back further: {further}, {other}"
         )
 

@@ -23,7 +23,7 @@ class Lineage:
     """Where a run comes from.
 
     Attributes:
-        continued: the run wrote the checkpoint that it starts from, so its metrics go on in the same files.
+        continued: the run wrote the checkpoint that it starts from, so its metrics continue in the same files.
         run_id: Weights & Biases run to continue, if there is one.
         parent: of a branch: the checkpoint that it started from, that checkpoint's iteration, and the run folder and
             Weights & Biases run id of the run that wrote it; None for a run that started from scratch.

@@ -24,7 +24,7 @@ PP2 = {"pipeline_model_parallel_size": 2}
 SHARED = {"moe_topk": 4, "moe_shared_expert": True, "moe_sparsity": 2}
 EXACT = {"moe_balance_statistics": "exact"}
 # Enough tokens for each expert to make its gradients of full rank: what Newton-Schulz makes of the rest is rounding.
-SPARSE = {"num_experts": 64, "moe_router_topk": 4, "moe_sparsity": 0, "moe_topk": 0, "moe_ffn_hidden_size": 16}
+SPARSE = {"num_experts": 64, "moe_router_topk": 4, "moe_sparsity": None, "moe_topk": None, "moe_ffn_hidden_size": 16}
 SPARSE |= {"hidden_size": 32}
 OVERLAP = {"overlap_grad_reduce": True, "overlap_param_gather": True, "ddp_bucket_size": 30000}
 LAYOUTS: dict[int, Runs] = {

@@ -56,7 +56,7 @@ def test_killed_ranks_are_restarted_bit_for_bit(config: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 def test_a_port_of_another_program_is_refused_in_a_minute(config: Path, tmp_path: Path) -> None:
-    """One that accepts connections and says nothing, for which torchrun waits for ever."""
+    """One that accepts connections and sends nothing, for which torchrun waits forever."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port, started = taken.getsockname()[1], time.monotonic()
         settings = {"NNODES": 2, "NPROC_PER_NODE": 1, "LAYOUT": "none", "HEAD": "127.0.0.1", "PORT": port}

@@ -1,4 +1,4 @@
-"""What a run does with numbers that are not finite: it saves the weights before them, names the tensor, goes on."""
+"""What a run does with numbers that are not finite: it saves the weights before them, names the tensor, continues."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_run_that_gives_up_saves_the_weights_before_and_goes_on_behind(prefix:
     at = range(4, 4 + SKIPS)
     words = rf"{SKIPS} steps in a row had a non-finite gradient or update, up to iteration {at[-1]} .*the gradient of "
     with pytest.raises(
-        UsageError, match=words + r"decoder\S+ on rank 0 .* are saved in \S+iter_0000023: the same command goes on"
+        UsageError, match=words + r"decoder\S+ on rank 0 .* are saved in \S+iter_0000023: the same command continues"
     ):
         train(prefix, tmp_path, plant=bad_gradient, at=at)
     assert names(tmp_path) == ["iter_0000023"]

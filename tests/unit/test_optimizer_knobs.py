@@ -37,7 +37,7 @@ KNOBS = [
     ("", "parallel", "overlap_param_gather", None),
     ("--overlap-param-gather", "parallel", "overlap_param_gather", True),
     ("--no-overlap-param-gather", "parallel", "overlap_param_gather", False),
-    ("", "parallel", "ddp_bucket_size", 0),
+    ("", "parallel", "ddp_bucket_size", None),
     ("--ddp-bucket-size 4e7", "parallel", "ddp_bucket_size", 40_000_000),
     ("", "optimizer", "momentum_dtype", "fp32"),
     ("--momentum-dtype bf16", "optimizer", "momentum_dtype", "bf16"),
@@ -87,7 +87,7 @@ def test_other_values_are_refused(given: dict[str, Any], words: str) -> None:
 
 
 def test_a_negative_bucket_size_is_refused() -> None:
-    with pytest.raises(UsageError, match="--ddp-bucket-size is -1; it must be at least 0"):
+    with pytest.raises(UsageError, match="--ddp-bucket-size is -1; it must be greater than 0"):
         parse(f"{SMALL} --ddp-bucket-size=-1").resolve()
 
 

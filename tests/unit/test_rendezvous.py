@@ -132,10 +132,13 @@ def test_a_head_that_does_not_start_or_exist_is_refused() -> None:
 def in_threads(ranks: list[int], runs: list[str]) -> list[str]:
     """Let ranks of a job of two meet, until one is refused; return what each was told, an empty string for success."""
     port, said = free_port(), ["hangs"] * len(ranks)
+    # The server ends with the last reference to it, while another rank may still wait for its answer.
+    stores: list[TCPStore] = []
 
     def join(index: int) -> None:
         try:
             store = rendezvous.meet(Launch(ranks[index], 2, 0, HERE, port), runs[index], TIMEOUT)
+            stores.append(store)
             store.set(f"met {index}", "")
             store.wait([f"met {other}" for other in range(len(ranks))], TIMEOUT)
             said[index] = ""

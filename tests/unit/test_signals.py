@@ -17,7 +17,7 @@ from tests.run_distributed import run_distributed
 from tests.toy import toy_config, write_corpus
 
 ROOT = Path(__file__).parents[2]
-# Gets two signals while its main thread waits for ever.
+# Gets two signals while its main thread waits forever.
 STUCK = (
     "import ctypes, os, signal, threading, time\n"
     "from megatron_hyperp.training import signals\n"
