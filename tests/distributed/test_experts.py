@@ -69,7 +69,7 @@ def train_experts(folder: str, overlap: bool) -> dict[str, Any]:
     device.init_process_group(1)
     parallel_state.initialize_model_parallel(expert_model_parallel_size=2, create_gloo_process_groups=False)
     rank = int(os.environ["RANK"])
-    fields = {"clip_grad": 0.0, "hidden_size": 32, "num_layers": 1, "ddp_bucket_size": 1 if overlap else 0}
+    fields = {"clip_grad": 0.0, "hidden_size": 32, "num_layers": 1, "ddp_bucket_size": 1 if overlap else None}
     config = toy_config("unused", Path(folder), **fields).resolve(world_size=4)
     core = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, calculate_per_token_loss=True)
     [chunk] = wrap_for_data_parallelism(core, [StandIn()], overlap_grad_reduce=overlap, overlap_param_gather=overlap)
