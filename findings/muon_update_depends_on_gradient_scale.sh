@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Newton-Schulz is scale-invariant on paper: c * G orthogonalizes like G. In the released packages it is not, in both
-# directions and without a warning, because the Frobenius norm is taken in the input's precision beside a constant eps.
+# directions and without a warning, because the Frobenius norm is taken in the input's precision and compared with a constant eps.
 #
 # Behaviour (torch 2.13.0, emerging-optimizers 0.3.0; 64 x 256 normal gradient times the factor shown):
 #   * torch.optim.Muon: the update has the usual size down to a gradient norm near eps = 1e-7, then shrinks with the

@@ -44,7 +44,7 @@ def load_yaml(*paths: str | Path) -> Config:
 
 
 def load_stored(path: str | Path) -> Config:
-    """Read a config that was written beside weights. Raises: as :func:`load_yaml`.
+    """Read the config of a checkpoint or run. Raises: as :func:`load_yaml`.
 
     Earlier versions wrote 0 for a number that was not set; where 0 is not a valid value, it is read as None.
     """

@@ -120,7 +120,7 @@ def _post_processor(given: dict[str, Any] | None, begin: list[tuple[str, int]]) 
     """Return a post-processor that puts these tokens before texts, and no others before or after.
 
     Args:
-        given: the tokenizer's own, in the form of ``tokenizer.json``; what it does beside adding tokens is kept.
+        given: the tokenizer's own, in the form of ``tokenizer.json``; everything it does except adding tokens is kept.
         begin: text and id of a token, or nothing.
     """
     steps = _without_tokens(given)

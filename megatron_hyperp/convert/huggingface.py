@@ -178,7 +178,7 @@ def write(
         shard_bytes: of a file.
         tokenizer: as in :func:`megatron_hyperp.data.tokenizer.load_tokenizer`; None for none.
         advance: told the bytes of each parameter.
-        keep_padding: write the rows of the vocabulary that are padding too; otherwise they lie in a file beside the
+        keep_padding: write the rows of the vocabulary that are padding too; otherwise they go into a file next to the
             weights, for the way back.
 
     Raises:
@@ -231,7 +231,7 @@ def _write_texts(folder: Path, source: Source, cut: Config, dtype: torch.dtype, 
 
     Args:
         folder: that is there.
-        source: of the weights; its config goes beside them.
+        source: of the weights; its config is written with them.
         cut: its config, with the vocabulary that is exported.
         dtype: of the weights.
         tokenizer: that goes with them.

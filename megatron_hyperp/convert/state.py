@@ -1,4 +1,4 @@
-"""What lies beside exported weights, for the way back: our config, the progress, radii, what undoes the folding, and
+"""Files stored with exported weights, for the way back: our config, the progress, radii, what undoes the folding, and
 the padding of the vocabulary.
 """
 

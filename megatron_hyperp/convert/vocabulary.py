@@ -1,7 +1,7 @@
 """Rows of the embedding and of the output layer that are padding: cut from exports, added to imports.
 
 Trainings pad the vocabulary to a multiple that tensor-parallel ranks can share. No tokenizer knows the ids beyond, and
-exports do not have them; what is cut lies beside the weights, for the way back.
+exports do not have them; the rows that are cut are stored next to the weights, for the way back.
 """
 
 from __future__ import annotations

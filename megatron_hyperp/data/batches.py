@@ -168,7 +168,7 @@ def lost_process(error: BaseException) -> LostRankError:
     """Return the error that ends a rank whose loading process died.
 
     Args:
-        error: that told.
+        error: that reported it.
     """
     found = re.search(r"killed by signal: [A-Za-z ]+", str(error))
     reason = f" ({found[0]})" if found else ""

@@ -120,7 +120,7 @@ def _open_builder(files: tuple[Path, Path], vocab_size: int, made: settings.Corp
     try:
         yield builder
         builder.finalize(str(idx_temporary))
-        # An old index or old checksums must never stand beside new data, nor that without its settings.
+        # An old index or old checksums must never accompany new data, and new data must have its settings.
         idx_path.unlink(missing_ok=True)
         checksums_file(bin_path).unlink(missing_ok=True)
         settings.write(bin_path, made)

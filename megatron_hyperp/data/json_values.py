@@ -94,7 +94,7 @@ class _Parser:
             except (RecursionError, ValueError) as error:  # nested too deeply, a number of too many digits
                 self._refuse(str(error), self._at)
             else:
-                if end < len(self._buffer) or self._ended:  # else a number may go on
+                if end < len(self._buffer) or self._ended:  # else a number may continue
                     size = len(self._buffer[self._at : end].encode("utf-8", "surrogateescape"))
                     parsed = JsonValue(value, self._line, size)
                     self._advance(end)

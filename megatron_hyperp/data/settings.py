@@ -1,4 +1,4 @@
-"""How the documents of a corpus were tokenized, in ``PREFIX.settings.json`` beside its files."""
+"""How the documents of a corpus were tokenized, in ``PREFIX.settings.json`` next to its files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def settings_file(bin_path: Path) -> Path:
 
 
 def write(bin_path: Path, settings: CorpusSettings) -> None:
-    """Write the settings beside the ``.bin`` of a corpus.
+    """Write the settings next to the ``.bin`` of a corpus.
 
     Raises:
         UsageError: they cannot be written.

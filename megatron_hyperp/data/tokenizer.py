@@ -163,7 +163,7 @@ class HuggingFaceTokenizer(Tokenizer):
     """A ``tokenizer.json`` of the Hugging Face ``tokenizers`` library.
 
     Args:
-        path: of the ``tokenizer.json``; a ``tokenizer_config.json`` beside it may name the end-of-document token
+        path: of the ``tokenizer.json``; a ``tokenizer_config.json`` next to it may name the end-of-document token
             (``eos_token``) and the beginning-of-sequence token (``bos_token``), else the usual names are looked for;
             its ``split_special_tokens`` says that special tokens in a text are spelled in pieces.
         serialized: content of the file.

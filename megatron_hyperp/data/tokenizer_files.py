@@ -59,7 +59,7 @@ def is_json(path: Path, content: bytes) -> bool:
         return True
     if _TIKTOKEN_LINE.match(content):
         raise UsageError(
-            f"{path} is a tiktoken file, which lacks the pattern and the special tokens of its tokenizer; {_CONVERT}"
+            f"{path} is a tiktoken file, without the pattern and the special tokens of its tokenizer; {_CONVERT}"
         )
     return path.suffix == ".json"
 

@@ -60,9 +60,11 @@ def find_fault(
         what = "the gradient" if kind == GRADIENT else "the update"
         found.append((kind, [name for f, x in zip(families, suspects, strict=True) for name in _bad(what, f, x)]))
     mine = next(((place, names[0], len(names)) for place, names in found if names), None)
-    told: list[tuple[int, str, int] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(told, mine)
-    reports = [(place, rank, name, count) for rank, each in enumerate(told) if each for place, name, count in [each]]
+    gathered: list[tuple[int, str, int] | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, mine)
+    reports = [
+        (place, rank, name, count) for rank, each in enumerate(gathered) if each for place, name, count in [each]
+    ]
     if not reports:
         return None
     place, rank, name, count = min(reports)

@@ -22,7 +22,7 @@ EVENTS_FILE = "events.jsonl"
 # Rows that a slow sink may leave waiting, and seconds that it gets at the end.
 MOST_ROWS_WAITING = 10_000
 SECONDS_TO_CLOSE = 30.0
-# Variables with which wandb starts from a step of another run; it takes neither an ID nor WANDB_RESUME beside them.
+# Variables with which wandb starts from a step of another run; an ID or WANDB_RESUME with them is refused.
 _FORKS = {"WANDB_FORK_FROM", "WANDB_RESUME_FROM"}
 
 

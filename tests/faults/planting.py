@@ -132,6 +132,23 @@ class Clock:
         time.time = jumping
 
 
+# The trainer's step: it takes the trainer and its batches.
+Step = Callable[[Any, Any], Any]
+
+
+def _replace_step(number: int, take: Callable[[Step, Any, Any], Any]) -> None:
+    """Have ``take(original, trainer, batches)`` replace one step of this process, counted from 1."""
+    from megatron_hyperp.training import loop
+
+    original, done = loop.Trainer._train_batch, [0]
+
+    def train_batch(trainer: Any, batches: Any) -> Any:
+        done[0] += 1
+        return take(original, trainer, batches) if done[0] == number else original(trainer, batches)
+
+    loop.Trainer._train_batch = train_batch  # type: ignore[method-assign]
+
+
 @dataclass(frozen=True)
 class Planted:
     """A number in a tensor at one step.
@@ -148,29 +165,21 @@ class Planted:
 
     def __call__(self) -> None:
         """Have the trainer's step plant it."""
-        from megatron_hyperp.training import loop
+        _replace_step(self.step, self._take)
 
-        done = [0]
-        original = loop.Trainer._train_batch
-
-        def train_batch(trainer: Any, batches: Any) -> Any:
-            done[0] += 1
-            due = done[0] == self.step
-            if due:
-                note_strike()
-            if due and self.where == "weight":
-                _first(trainer).data.view(-1)[3] = self.value
-            if due and self.where == "master":
-                _master(trainer).view(-1)[3] = self.value
-            if due and self.where == "batch":
-                batches = [map(self._spoil, iterator) for iterator in batches]
-            hook = _first(trainer).register_hook(self._spoil_gradient) if due and self.where == "gradient" else None
-            result = original(trainer, batches)
-            if hook is not None:
-                hook.remove()
-            return result
-
-        loop.Trainer._train_batch = train_batch  # type: ignore[method-assign]
+    def _take(self, step: Step, trainer: Any, batches: Any) -> Any:
+        note_strike()
+        if self.where == "weight":
+            _first(trainer).data.view(-1)[3] = self.value
+        if self.where == "master":
+            _master(trainer).view(-1)[3] = self.value
+        if self.where == "batch":
+            batches = [map(self._spoil, iterator) for iterator in batches]
+        hook = _first(trainer).register_hook(self._spoil_gradient) if self.where == "gradient" else None
+        result = step(trainer, batches)
+        if hook is not None:
+            hook.remove()
+        return result
 
     def _spoil_gradient(self, gradient: Any) -> Any:
         gradient = gradient.clone()
@@ -197,20 +206,12 @@ class Raised:
 
     def __call__(self) -> None:
         """Have the trainer's step raise it, after a batch was drawn."""
-        from megatron_hyperp.training import loop
+        _replace_step(self.step, self._take)
 
-        done = [0]
-        original = loop.Trainer._train_batch
-
-        def train_batch(trainer: Any, batches: Any) -> Any:
-            done[0] += 1
-            if done[0] == self.step:
-                next(batches[0])
-                note_strike()
-                raise self.error
-            return original(trainer, batches)
-
-        loop.Trainer._train_batch = train_batch  # type: ignore[method-assign]
+    def _take(self, step: Step, trainer: Any, batches: Any) -> Any:
+        next(batches[0])
+        note_strike()
+        raise self.error
 
 
 @dataclass(frozen=True)
