@@ -1,8 +1,30 @@
-"""What unit tests share."""
+"""What unit tests share: they run in the process of pytest, and start no other."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+from multiprocessing.process import BaseProcess
+from typing import Any
+
 import pytest
+
+# The calls that start a process in Python; multiprocessing's contexts all start theirs by ``BaseProcess.start``.
+STARTERS: tuple[tuple[Any, str], ...] = (
+    (subprocess.Popen, "__init__"),
+    (BaseProcess, "start"),
+    *((os, name) for name in ("fork", "forkpty", "posix_spawn", "posix_spawnp", "system")),
+)
+
+
+def refuse_to_start(*_: Any, **__: Any) -> None:
+    raise AssertionError("a unit test starts no process: move it to tests/functional, or to tests/distributed")
+
+
+@pytest.fixture(autouse=True)
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    for owner, name in STARTERS:
+        monkeypatch.setattr(owner, name, refuse_to_start)
 
 
 @pytest.fixture(autouse=True)
