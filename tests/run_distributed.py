@@ -1,7 +1,8 @@
 """The one helper that starts ranks: gloo processes on this machine, one thread each.
 
 Ranks are forked from a process that has imported the trainer once (:func:`warm_context`), since an import of
-Megatron-Core takes five to ten seconds and the tests start more than a hundred ranks.
+Megatron-Core takes five to ten seconds and the tests start hundreds of ranks. Ranks live for one call: one that dies or
+hangs fails the test that started it, and no other.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import os
 import random
 import socket
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.multiprocessing as mp
@@ -60,7 +64,23 @@ def warm_context() -> Any:
     return found
 
 
-def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, fresh: bool = False) -> list[Any]:
+# Servers that have imported something else than the trainer alone, by what they have imported.
+_servers: dict[str, forkserver.ForkServer] = {}
+
+
+@contextlib.contextmanager
+def _forking_from(preload: str) -> Iterator[None]:
+    """Let processes of :func:`warm_context` be forked from a server of their own, which has imported ``preload``."""
+    if preload not in _servers:
+        _servers[preload] = forkserver.ForkServer()
+        _servers[preload].set_forkserver_preload([preload])
+    with mock.patch.object(forkserver, "connect_to_new_process", _servers[preload].connect_to_new_process):
+        yield
+
+
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *args: Any, preload: str | None = None, seconds: float = 300
+) -> list[Any]:
     """Call ``function(*args)`` on ``world_size`` new processes and return their results, by rank.
 
     The environment is torchrun's. The function joins process groups itself; it must be importable, and what it
@@ -70,23 +90,32 @@ def run_distributed(function: Callable[..., Any], world_size: int, *args: Any, f
         function: called by every rank.
         world_size: number of ranks.
         args: its arguments.
-        fresh: start interpreters that have imported nothing, for a function that replaces a library before
-            Megatron-Core looks for it. Ranks that use CUDA are always fresh: a process forked from one that holds a
-            CUDA context cannot use it.
+        preload: module that the ranks have imported instead of ``tests.preload``; it replaces a library before
+            Megatron-Core looks for it. Ranks that use CUDA are spawned and have imported nothing, since a process
+            forked from one that holds a CUDA context cannot use it.
+        seconds: after which ranks that have not ended are killed.
 
     Raises:
-        AssertionError: a rank failed; the message has its traceback.
+        AssertionError: a rank failed, died or did not end; the message has the tracebacks.
     """
-    method = "spawn" if fresh or torch.cuda.is_available() else warm_context().get_start_method()
+    method = "spawn" if torch.cuda.is_available() else warm_context().get_start_method()
+    deadline = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         call = (function, world_size, free_port(), folder, args, dict(os.environ))
-        context = mp.start_processes(_rank, call, nprocs=world_size, join=False, start_method=method)
+        with _forking_from(preload) if preload is not None else contextlib.nullcontext():
+            context = mp.start_processes(_rank, call, nprocs=world_size, join=False, start_method=method)
         try:
-            while not context.join():
-                pass
+            # The trainer's ranks take SIGTERM for a request to stop: two seconds after it they are killed.
+            while not context.join(deadline - time.monotonic(), grace_period=2.0):
+                alive = [rank for rank, process in enumerate(context.processes) if process.is_alive()]
+                assert time.monotonic() < deadline, f"ranks {alive} did not end within {seconds:.0f} s"
         except mp.ProcessExitedException as error:
             failures = [path.read_text() for path in sorted(Path(folder).glob("*.failed"))]
-            raise AssertionError("\n".join(failures) or str(error)) from error
+            raise AssertionError("\n".join([str(error), *failures])) from error
+        finally:
+            for process in context.processes:
+                process.kill()
+                process.join()
         return [torch.load(Path(folder) / f"{rank}.result", weights_only=False) for rank in range(world_size)]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ import pytest
 from megatron_hyperp import arguments
 from megatron_hyperp.config import Config
 from megatron_hyperp.data.corpus import python_corpus_paths
+from megatron_hyperp.training.logging import read_metrics
+from tests.run_distributed import run_distributed
 
 VOCABULARY = 64
 # Fields that make a mixture of experts of :func:`toy_config`.
@@ -93,6 +96,18 @@ def toy_config(prefix: str, run_dir: Path, **overrides: Any) -> Config:
             setattr(section, key, fields.pop(key))
     assert not fields, f"unknown fields {sorted(fields)}"
     return config
+
+
+def _pretrain(prefix: str, folder: str, fields: dict[str, Any]) -> None:
+    from megatron_hyperp.training.pretrain import pretrain
+
+    pretrain(toy_config(prefix, Path(folder), **fields), world_size=int(os.environ["WORLD_SIZE"]))
+
+
+def rows_of_run(ranks: int, prefix: str, folder: Path, **fields: Any) -> list[dict[str, Any]]:
+    """Train :func:`toy_config` with ``fields`` on so many new ranks; return the rows of metrics of its run folder."""
+    run_distributed(_pretrain, ranks, prefix, str(folder), fields)
+    return read_metrics(folder)
 
 
 def trained(config: Config) -> tuple[Any, list[dict[str, Any]]]:

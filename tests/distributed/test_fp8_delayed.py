@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_hyperp.training.logging import read_metrics
-from tests.run_distributed import free_port, run_distributed
-from tests.toy import EXPERTS, toy_config, trained, write_corpus
+from tests.cases import Cases, kept
+from tests.run_distributed import run_distributed
+from tests.toy import EXPERTS, rows_of_run, toy_config, trained
 
 ITERATIONS = 8
 DELAYED = {"fp8_format": "hybrid", "fp8_emulation": True, "fp8_recipe": "delayed"}
@@ -42,52 +41,42 @@ TOGETHER = {
     **{f"history {name}": {**HISTORY, **layout} for name, layout in LAYOUTS.items()},
     **{f"experts {name}": {**EXPERTS, **HISTORY, **layout} for name, layout in EXPERT_LAYOUTS.items()},
 }
-Found = dict[str, tuple[list[float], dict[str, torch.Tensor] | None]]
+# Losses, and the state of the scales.
+Found = tuple[list[float], dict[str, torch.Tensor] | None]
 
 
-def train_all(prefix: str, folder: str, cases: dict[str, dict[str, Any]]) -> Found:
-    """Train each case; return its losses and the state of its scales."""
+def train(prefix: str, folder: str, fields: dict[str, Any]) -> Found:
     from megatron_hyperp import device
 
     device.adapt_megatron()
     device.init_process_group(2)
-    result: Found = {}
-    for title, overrides in cases.items():
-        config = toy_config(prefix, Path(folder), train_iters=ITERATIONS, quiet=True, **overrides)
-        trainer, rows = trained(config)
-        losses = [row["loss"] for row in rows if "loss" in row]
-        result[title] = losses, trainer.scales.state() if trainer.scales is not None else None
-    return result
+    trainer, rows = trained(toy_config(prefix, Path(folder), train_iters=ITERATIONS, quiet=True, **fields))
+    losses = [row["loss"] for row in rows if "loss" in row]
+    return losses, trainer.scales.state() if trainer.scales is not None else None
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
+def alone(cases: Callable[..., Cases], corpus: str) -> Cases:
+    return cases(lambda title, folder: run_distributed(train, 1, corpus, str(folder), ALONE[title])[0])
 
 
-@pytest.fixture(scope="module")
-def alone(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    [result] = run_distributed(train_all, 1, corpus, str(tmp_path_factory.mktemp("alone")), ALONE)
-    return result
-
-
-def first_step(found: Found, title: str) -> torch.Tensor:
+def first_step(found: Found) -> torch.Tensor:
     """What the history holds of the first step."""
-    state = found[title][1]
+    state = found[1]
     assert state is not None
     return state["history"][ITERATIONS]
 
 
-@pytest.mark.parametrize("title", [title for title in ALONE if "none" not in title])
-def test_training_is_close_to_training_without(title: str, alone: Found) -> None:
+@pytest.mark.parametrize("title", kept([title for title in ALONE if "none" not in title], {"history", "experts"}))
+def test_training_is_close_to_training_without(title: str, alone: Cases) -> None:
     plain, _ = alone["experts, none" if "experts" in title else "none"]
     losses, _ = alone[title]
     assert losses[-1] == pytest.approx(plain[-1], rel=0.02)
     assert losses != plain
 
 
-@pytest.mark.parametrize("title", ["recomputed", "evaluated"])
-def test_neither_recomputation_nor_evaluation_counts(title: str, alone: Found) -> None:
+@pytest.mark.parametrize("title", kept(["recomputed", "evaluated"], {"evaluated"}))
+def test_neither_recomputation_nor_evaluation_counts(title: str, alone: Cases) -> None:
     (losses, state), (expected, scales) = alone[title], alone["history"]
     assert losses == expected
     assert state is not None
@@ -97,61 +86,60 @@ def test_neither_recomputation_nor_evaluation_counts(title: str, alone: Found) -
 
 
 @pytest.mark.parametrize("title", ["history", "experts"])
-def test_every_tensor_is_seen(title: str, alone: Found) -> None:
-    assert bool((first_step(alone, title) > 0).all())
+def test_every_tensor_is_seen(title: str, alone: Cases) -> None:
+    assert bool((first_step(alone[title]) > 0).all())
 
 
-def test_looking_ahead_counts_once(alone: Found) -> None:
+@pytest.mark.matrix
+def test_looking_ahead_counts_once(alone: Cases) -> None:
     """The loads of the first step differ, and with them gradients; what went forward does not."""
-    exact, plain = (first_step(alone, title) for title in ("experts, loads known before", "experts"))
+    exact, plain = (first_step(alone[title]) for title in ("experts, loads known before", "experts"))
     assert torch.equal(exact[:2], plain[:2])
 
 
-def test_micro_batches_do_not_matter(alone: Found) -> None:
+@pytest.mark.matrix
+def test_micro_batches_do_not_matter(alone: Cases) -> None:
     assert alone["one micro-batch"][0] == pytest.approx(alone["history"][0], rel=1e-2)
-    torch.testing.assert_close(first_step(alone, "one micro-batch"), first_step(alone, "history"), rtol=0.1, atol=0)
+    torch.testing.assert_close(first_step(alone["one micro-batch"]), first_step(alone["history"]), rtol=0.1, atol=0)
 
 
-def test_layouts_agree(alone: Found, corpus: str, tmp_path: Path) -> None:
-    for rank in run_distributed(train_all, 2, corpus, str(tmp_path), TOGETHER):
-        for title, (losses, _) in rank.items():
-            one = title.split()[0]
-            # Sums that differ by 1e-7 round to FP8 differently, by 6%: rare, and visible.
-            assert losses[0] == pytest.approx(alone[one][0][0], rel=1e-4), title
-            assert losses == pytest.approx(alone[one][0], rel=1e-2), title
-            torch.testing.assert_close(first_step(rank, title), first_step(alone, one), rtol=0.1, atol=0)
+@pytest.mark.parametrize("title", kept(TOGETHER, {"history tp", "experts ep"}))
+def test_layouts_agree(title: str, alone: Cases, corpus: str, tmp_path: Path) -> None:
+    expected = alone[title.split()[0]]
+    for found in run_distributed(train, 2, corpus, str(tmp_path), TOGETHER[title]):
+        # Sums that differ by 1e-7 round to FP8 differently, by 6%: rare, and visible.
+        assert found[0][0] == pytest.approx(expected[0][0], rel=1e-4)
+        assert found[0] == pytest.approx(expected[0], rel=1e-2)
+        torch.testing.assert_close(first_step(found), first_step(expected), rtol=0.1, atol=0)
 
 
-def pretrain_all(prefix: str, folder: str, runs: dict[str, dict[str, Any]], ports: dict[str, int]) -> None:
-    from megatron_hyperp.training.pretrain import pretrain
+@pytest.fixture(scope="module")
+def saved(cases: Callable[..., Cases], corpus: str) -> Cases:
+    """Checkpoints after 3 of the iterations, with scales or "without"."""
 
-    for name, overrides in runs.items():
-        os.environ["MASTER_PORT"] = str(ports[name])
-        config = toy_config(prefix, Path(folder) / name, train_iters=ITERATIONS, quiet=True, **overrides)
-        pretrain(config, world_size=int(os.environ["WORLD_SIZE"]))
-        gc.collect()  # process groups live on in the cycles of a dropped model, with their threads and sockets
+    def save(name: str, folder: Path) -> str:
+        store = str(folder / "store")
+        fields = {**(HISTORY if name == "with" else {}), "save": store, "exit_interval": 3}
+        rows_of_run(1, corpus, folder, train_iters=ITERATIONS, quiet=True, **fields)
+        return store
+
+    return cases(save, "saved")
 
 
-def test_a_resumed_run_goes_on(alone: Found, corpus: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("title", "ranks", "store"),
+    kept([("one", 1, "with"), ("first scales", 1, "without"), *((name, 2, "with") for name in LAYOUTS)], {"one", "tp"}),
+)
+def test_a_resumed_run_continues(
+    title: str, ranks: int, store: str, saved: Cases, alone: Cases, corpus: str, tmp_path: Path
+) -> None:
     """Bit for bit in the same layout, with the same scales in any other; and also where there were none before."""
-    store, plain = str(tmp_path / "store"), str(tmp_path / "plain store")
-    saved = {**HISTORY, "save": store, "exit_interval": 3}
-    resumed = {**HISTORY, "load": store}
-    on_one = {
-        "saved": saved,
-        "resumed": resumed,
-        "without": {"save": plain, "exit_interval": 3},
-        "with": {**HISTORY, "load": plain},
-    }
-    run_distributed(pretrain_all, 1, corpus, str(tmp_path), on_one, {name: free_port() for name in on_one})
-    on_two = {name: {**resumed, **layout} for name, layout in LAYOUTS.items()}
-    run_distributed(pretrain_all, 2, corpus, str(tmp_path), on_two, {name: free_port() for name in on_two})
-    whole = alone["history"][0]
-    for name in ("resumed", "with", *on_two):
-        losses = [row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row]
-        assert len(losses) == ITERATIONS - 3
-        if name == "resumed":
-            assert losses == whole[3:]
-        if name != "with":
-            # With scales of 1, as at the start, it would be off by 3e-4.
-            assert losses[0] == pytest.approx(whole[3], rel=1e-4), name
+    fields = {**HISTORY, **LAYOUTS.get(title, {}), "load": saved[store]}
+    rows = rows_of_run(ranks, corpus, tmp_path, train_iters=ITERATIONS, quiet=True, **fields)
+    whole, losses = alone["history"][0], [row["loss"] for row in rows if "loss" in row]
+    assert len(losses) == ITERATIONS - 3
+    if title == "one":
+        assert losses == whole[3:]
+    if store == "with":
+        # With scales of 1, as at the start, it would be off by 3e-4.
+        assert losses[0] == pytest.approx(whole[3], rel=1e-4)

@@ -5,7 +5,7 @@ On two data-parallel ranks: sums of two do not depend on the order, which other 
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_hyperp.training.logging import read_metrics
-from tests.run_distributed import free_port, run_distributed
-from tests.toy import EXPERTS, toy_config, trained, write_corpus
+from tests.cases import Cases, kept
+from tests.run_distributed import run_distributed
+from tests.toy import EXPERTS, rows_of_run, toy_config, trained
 
 RANKS = 4
 FP8 = {"fp8_format": "hybrid", "fp8_emulation": True, "bf16": True}
@@ -39,7 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "TP2, EP2": {**RUN, **TP2, **EXPERTS, "expert_model_parallel_size": 2},
     "TP2, experts as well": {**RUN, **TP2, **EXPERTS, "expert_tensor_parallel_size": 2},
 }
-# Runs with checkpoints; ``saved`` and ``resumed`` are folders of theirs.
+# Runs with checkpoints; ``save`` and ``load`` are folders beside theirs.
 GATHERED = {**RUN, **PP2, "train_iters": 4, "fp8_param_gather": True}
 WHOLE_RUNS: dict[str, dict[str, Any]] = {
     "without": {**GATHERED, "fp8_param_gather": False, "exit_interval": 2, "save": "saved-without"},
@@ -49,8 +49,8 @@ WHOLE_RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-# By case, and whether weights travelled in FP8: what came of it on one rank.
-Found = dict[tuple[str, bool], dict[str, Any]]
+# What came of a training on one rank.
+Found = dict[str, Any]
 
 
 class Sent:
@@ -70,60 +70,49 @@ class Sent:
         dist.all_gather_into_tensor = self._gather
 
 
-def run_all(prefix: str, folder: str, ports: dict[str, int]) -> Found:
-    """Run the trainings with checkpoints; train each case without and with the flag and return what came of it."""
+def run(prefix: str, folder: str, title: str, gather: bool) -> Found:
     from megatron_hyperp import device
     from megatron_hyperp.parameters import named_parameters
-    from megatron_hyperp.training.pretrain import pretrain
 
-    for name, fields in WHOLE_RUNS.items():
-        os.environ["MASTER_PORT"] = str(ports[name])
-        places = {key: str(Path(folder) / fields[key]) for key in ("save", "load") if key in fields}
-        pretrain(toy_config(prefix, Path(folder) / name, **{**fields, **places}), world_size=RANKS)
     device.adapt_megatron()
-    os.environ["MASTER_PORT"] = str(ports["cases"])
     device.init_process_group(2)
-    found = {}
-    for title, fields in CASES.items():
-        for flag in (False, True):
-            sent = Sent()
-            trainer, rows = trained(toy_config(prefix, Path(folder), fp8_param_gather=flag, **fields))
-            trainer.optimizer.exchange.finish_param_sync()
-            sent.stop()
-            named = [pair for chunk in trainer.chunks for pair in named_parameters(chunk)]
-            found[title, flag] = {
-                "rows": [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows],
-                "bytes": (sent.bytes[torch.uint8], sent.bytes[torch.bfloat16]),
-                "weights": {name: parameter.detach().clone() for name, parameter in named},
-                "masters": [family.master.clone() for family in trainer.optimizer.families],
-            }
-    return found
+    sent = Sent()
+    trainer, rows = trained(toy_config(prefix, Path(folder), fp8_param_gather=gather, **CASES[title]))
+    trainer.optimizer.exchange.finish_param_sync()
+    sent.stop()
+    named = [pair for chunk in trainer.chunks for pair in named_parameters(chunk)]
+    return {
+        "rows": [{key: value for key, value in row.items() if key != "tokens_per_s"} for row in rows],
+        "bytes": (sent.bytes[torch.uint8], sent.bytes[torch.bfloat16]),
+        "weights": {name: parameter.detach().clone() for name, parameter in named},
+        "masters": [family.master.clone() for family in trainer.optimizer.families],
+    }
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("gathered")
+def found(cases: Callable[..., Cases], corpus: str) -> Cases:
+    """What came of a case on each rank, by its title and whether weights travelled in FP8."""
+    return cases(lambda key, folder: run_distributed(run, RANKS, corpus, str(folder), *key))
 
 
-@pytest.fixture(scope="module")
-def ranks(folder: Path) -> list[Found]:
-    return run_distributed(
-        run_all, RANKS, write_corpus(folder), str(folder), {name: free_port() for name in (*WHOLE_RUNS, "cases")}
-    )
+def both(found: Cases, title: str) -> list[tuple[Found, Found]]:
+    """The results of each rank, without and with weights that travel in FP8."""
+    return list(zip(found[title, False], found[title, True], strict=True))
 
 
-@pytest.mark.parametrize("title", CASES)
-def test_training_is_the_same_bit_for_bit(title: str, ranks: list[Found]) -> None:
-    for found in ranks:
-        plain, gathered = found[title, False], found[title, True]
+KEPT = {"PP2", "TP2, EP2"}
+
+
+@pytest.mark.parametrize("title", kept(CASES, KEPT))
+def test_training_is_the_same_bit_for_bit(title: str, found: Cases) -> None:
+    for plain, gathered in both(found, title):
         assert gathered["rows"] == plain["rows"]
         assert all(map(torch.equal, gathered["masters"], plain["masters"]))
 
 
-@pytest.mark.parametrize("title", CASES)
-def test_weights_of_fp8_layers_travel_as_bytes(title: str, ranks: list[Found]) -> None:
-    for found in ranks:
-        plain, gathered = found[title, False], found[title, True]
+@pytest.mark.parametrize("title", kept(CASES, KEPT))
+def test_weights_of_fp8_layers_travel_as_bytes(title: str, found: Cases) -> None:
+    for plain, gathered in both(found, title):
         none, before = plain["bytes"]
         in_fp8, in_bf16 = gathered["bytes"]
         assert none == 0
@@ -143,18 +132,23 @@ def test_weights_of_fp8_layers_travel_as_bytes(title: str, ranks: list[Found]) -
             assert 0.01 < distance < 0.04
 
 
-def test_replicas_hold_the_same_weights(ranks: list[Found]) -> None:
+def test_replicas_hold_the_same_weights(found: Cases) -> None:
     """The owner takes the rounded weights as well. Ranks 0 and 1, and 2 and 3, are a pipeline stage's replicas."""
+    ranks = found["PP2", True]
     for first, second in (ranks[:2], ranks[2:]):
-        ours, theirs = (found["PP2", True]["weights"] for found in (first, second))
+        ours, theirs = first["weights"], second["weights"]
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_checkpoints_hold_weights_as_they_are_and_training_goes_on(folder: Path, ranks: list[Found]) -> None:
-    assert len(ranks) == RANKS
-    parts = [sorted((folder / name / "iter_0000002").glob("*.distcp")) for name in ("saved-without", "saved")]
+@pytest.mark.matrix
+def test_checkpoints_hold_weights_as_they_are_and_training_continues(corpus: str, tmp_path: Path) -> None:
+    losses = {}
+    for name, fields in WHOLE_RUNS.items():
+        places = {key: str(tmp_path / fields[key]) for key in ("save", "load") if key in fields}
+        rows = rows_of_run(RANKS, corpus, tmp_path / name, **{**fields, **places})
+        losses[name] = [row["loss"] for row in rows]
+    parts = [sorted((tmp_path / name / "iter_0000002").glob("*.distcp")) for name in ("saved-without", "saved")]
     assert len(parts[0]) >= RANKS
     assert [path.read_bytes() for path in parts[1]] == [path.read_bytes() for path in parts[0]]
-    whole, *halves = ([row["loss"] for row in read_metrics(folder / name)] for name in ("whole", "first", "second"))
-    assert len(whole) == 4
-    assert [*halves[0], *halves[1]] == whole
+    assert len(losses["whole"]) == 4
+    assert [*losses["first"], *losses["second"]] == losses["whole"]

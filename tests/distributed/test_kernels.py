@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
 from tests import tolerances
+from tests.cases import Cases, kept
 from tests.run_distributed import run_distributed
-from tests.toy import EXPERTS, rows_of_training, toy_config, write_corpus
+from tests.stand_ins import stand_in_for_apex
+from tests.toy import EXPERTS, rows_of_training, toy_config
 
 ITERATIONS = 5
 UNFUSED = {"attention_backend": "local"}
@@ -57,23 +58,9 @@ TOGETHER: dict[str, dict[str, Any]] = {
 }
 
 
-def stand_in() -> Any:
-    """Return a module like apex's, which adds a weight's gradient to its fp32 sums, and counts."""
-    module: Any = ModuleType("fused_weight_gradient_mlp_cuda")
-    module.calls = 0
-
-    def accumulate(x: torch.Tensor, gradient: torch.Tensor, main_grad: torch.Tensor) -> None:
-        module.calls += 1
-        main_grad += gradient.float().t() @ x.float()
-
-    module.wgrad_gemm_accum_fp32 = accumulate
-    return module
-
-
-def train_all(prefix: str, folder: str, cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Train each case; return its losses, gradient norms and indicators, and the calls of the kernel."""
-    # Before Megatron-Core is imported, which looks for it then.
-    apex = sys.modules["fused_weight_gradient_mlp_cuda"] = stand_in()
+def train(prefix: str, folder: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return losses, gradient norms and indicators of a training, and the calls of the kernel."""
+    apex = stand_in_for_apex()
     from megatron_hyperp import device
     from megatron_hyperp.training.logging import kind_of
 
@@ -81,33 +68,37 @@ def train_all(prefix: str, folder: str, cases: dict[str, dict[str, Any]]) -> dic
     device.init_process_group(2)
     # The fused loss, uncompiled: the compiler asks CUDA for its device, which does not exist here.
     torch._dynamo.config.disable = True
-    result = {}
-    for title, overrides in cases.items():
-        apex.calls = 0
-        rows = rows_of_training(
-            toy_config(prefix, Path(folder), train_iters=ITERATIONS, quiet=True, **{**UNFUSED, **overrides})
-        )
-        steps = [row for row in rows if "loss" in row]
-        result[title] = {
-            "loss": [row["loss"] for row in steps],
-            "grad_norm": [row["grad_norm"] for row in steps],
-            "stability": [row for row in rows if kind_of(row) == "stability"],
-            "calls": apex.calls,
-        }
-    return result
-
-
-Results = dict[str, dict[str, Any]]
+    config = toy_config(prefix, Path(folder), train_iters=ITERATIONS, quiet=True, **{**UNFUSED, **fields})
+    rows = rows_of_training(config)
+    steps = [row for row in rows if "loss" in row]
+    return {
+        "loss": [row["loss"] for row in steps],
+        "grad_norm": [row["grad_norm"] for row in steps],
+        "stability": [row for row in rows if kind_of(row) == "stability"],
+        "calls": apex.calls,
+    }
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    folder = tmp_path_factory.mktemp("kernels")
-    prefix = write_corpus(folder)
-    [alone] = run_distributed(train_all, 1, prefix, str(folder), ALONE, fresh=True)
-    first, second = run_distributed(train_all, 2, prefix, str(folder), TOGETHER, fresh=True)
-    # The first pipeline stage of two has another number of layers than the last, which has the output layer.
-    return {**alone, **first, **{f"{title}, last": result for title, result in second.items()}}
+def trained(cases: Callable[..., Cases], corpus: str) -> Cases:
+    """What came of each run; with the suffix "last", on the last of its ranks instead of the first."""
+    runs = {**{name: (1, fields) for name, fields in ALONE.items()}, **{n: (2, f) for n, f in TOGETHER.items()}}
+
+    def run(title: str, folder: Path) -> dict[str, Any]:
+        if title.endswith(", last"):
+            made_first = made[title.removesuffix(", last")]
+            return made_first["last"]
+        ranks, fields = runs[title]
+        first, *others = run_distributed(
+            train, ranks, corpus, str(folder), fields, preload="tests.stand_ins.preload_apex"
+        )
+        return {**first, "last": others[-1] if others else first}
+
+    made = cases(run)
+    return made
+
+
+KEPT = {"sdpa", "sdpa, TP2", "fused", "fused, TP2", "fused, EP2", "fused, bf16", "loss, TP2", "fused, tied"}
 
 
 def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -118,53 +109,61 @@ def assert_close(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("title", "reference"),
-    [
-        ("sdpa", "plain"),
-        ("sdpa, one head a group", "plain, one head a group"),
-        ("sdpa, full", "sdpa"),
-        ("sdpa, TP2", "plain"),
-        ("sdpa, PP2", "plain"),
-        ("fused, tied", "plain, tied"),
-    ],
+    kept(
+        [
+            ("sdpa", "plain"),
+            ("sdpa, one head a group", "plain, one head a group"),
+            ("sdpa, full", "sdpa"),
+            ("sdpa, TP2", "plain"),
+            ("sdpa, PP2", "plain"),
+            ("fused, tied", "plain, tied"),
+        ],
+        KEPT,
+    ),
 )
-def test_losses_are_those_without(title: str, reference: str, trained: Results) -> None:
+def test_losses_are_those_without(title: str, reference: str, trained: Cases) -> None:
     assert_close(trained[title], trained[reference])
     # It is another kernel, after all.
     assert title == "sdpa, full" or trained[title]["loss"] != trained[reference]["loss"]
 
 
-@pytest.mark.parametrize("title", ["sdpa, bf16", "fused, bf16"])
-def test_bf16(title: str, trained: Results) -> None:
+@pytest.mark.parametrize("title", kept(["sdpa, bf16", "fused, bf16"], KEPT))
+def test_bf16(title: str, trained: Cases) -> None:
     assert trained[title]["loss"] == pytest.approx(trained["plain, bf16"]["loss"], rel=1e-2)
     assert trained[title]["grad_norm"][0] == pytest.approx(trained["plain, bf16"]["grad_norm"][0], rel=1e-2)
 
 
-@pytest.mark.parametrize(("title", "reference"), [("loss, bf16", "plain, bf16"), ("loss, TP2", "plain, TP2, bf16")])
-def test_the_fused_loss_is_the_same(title: str, reference: str, trained: Results) -> None:
+@pytest.mark.parametrize(
+    ("title", "reference"), kept([("loss, bf16", "plain, bf16"), ("loss, TP2", "plain, TP2, bf16")], KEPT)
+)
+def test_the_fused_loss_is_the_same(title: str, reference: str, trained: Cases) -> None:
     assert trained[title]["loss"][0] == pytest.approx(trained[reference]["loss"][0], rel=1e-6)
     assert trained[title]["grad_norm"][0] == pytest.approx(trained[reference]["grad_norm"][0], rel=1e-5)
     assert trained[title]["loss"] == pytest.approx(trained[reference]["loss"], rel=1e-2)
 
 
 @pytest.mark.parametrize("title", ["sdpa", "sdpa, TP2"])
-def test_indicators_see_through_the_kernel(title: str, trained: Results) -> None:
+def test_indicators_see_through_the_kernel(title: str, trained: Cases) -> None:
     [expected], [found] = trained["plain"]["stability"], trained[title]["stability"]
     assert found["attention_z_per_layer"] == pytest.approx(expected["attention_z_per_layer"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("title", "reference"),
-    [
-        ("fused", "plain"),
-        ("fused, full", "plain"),
-        ("fused, experts", "plain, experts"),
-        ("fused, TP2", "plain, TP2"),
-        ("fused, DP2", "plain, DP2"),
-        ("fused, EP2", "plain, EP2"),
-        ("fused, PP2, tied", "plain, PP2, tied"),
-    ],
+    kept(
+        [
+            ("fused", "plain"),
+            ("fused, full", "plain"),
+            ("fused, experts", "plain, experts"),
+            ("fused, TP2", "plain, TP2"),
+            ("fused, DP2", "plain, DP2"),
+            ("fused, EP2", "plain, EP2"),
+            ("fused, PP2, tied", "plain, PP2, tied"),
+        ],
+        KEPT,
+    ),
 )
-def test_gradients_that_the_kernel_adds_are_the_same_bits(title: str, reference: str, trained: Results) -> None:
+def test_gradients_that_the_kernel_adds_are_the_same_bits(title: str, reference: str, trained: Cases) -> None:
     for key in ("loss", "grad_norm"):
         assert trained[title][key] == trained[reference][key], key
     assert not trained[reference]["calls"]
@@ -172,23 +171,24 @@ def test_gradients_that_the_kernel_adds_are_the_same_bits(title: str, reference:
 
 @pytest.mark.parametrize(
     ("title", "linear_layers", "micro_batches"),
-    [
-        # QKV, projection and two of the MLP in each of four layers, and the output layer.
-        ("fused", 17, 4),
-        ("fused, full", 17, 4),
-        ("fused, tied", 17, 4),
-        # Grouped experts and the router do not use it, the shared expert does.
-        ("fused, experts", 17, 4),
-        ("fused, TP2", 17, 4),
-        ("fused, DP2", 17, 2),
-        ("fused, EP2", 17, 2),
-        ("fused, PP2, tied", 8, 4),
-        ("fused, PP2, tied, last", 9, 4),
-    ],
+    kept(
+        [
+            # QKV, projection and two of the MLP in each of four layers, and the output layer.
+            ("fused", 17, 4),
+            ("fused, full", 17, 4),
+            ("fused, tied", 17, 4),
+            # Grouped experts and the router do not use it, the shared expert does.
+            ("fused, experts", 17, 4),
+            ("fused, TP2", 17, 4),
+            ("fused, DP2", 17, 2),
+            ("fused, EP2", 17, 2),
+            ("fused, PP2, tied", 8, 4),
+            ("fused, PP2, tied, last", 9, 4),
+        ],
+        KEPT,
+    ),
 )
-def test_every_linear_layer_uses_the_kernel(
-    title: str, linear_layers: int, micro_batches: int, trained: Results
-) -> None:
+def test_every_linear_layer_uses_the_kernel(title: str, linear_layers: int, micro_batches: int, trained: Cases) -> None:
     assert trained[title]["calls"] == linear_layers * micro_batches * ITERATIONS
 
 

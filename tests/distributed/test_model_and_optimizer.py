@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 
 from megatron_hyperp.optim.soundness import STATE, WEIGHT
 from tests import tolerances
-from tests.run_distributed import free_port, run_distributed
-from tests.toy import toy_config, write_corpus
+from tests.cases import Cases, kept
+from tests.run_distributed import run_distributed
+from tests.toy import toy_config
 
 TP2 = {"tensor_model_parallel_size": 2}
 MODELS: dict[str, dict[str, Any]] = {
@@ -24,56 +25,43 @@ MODELS: dict[str, dict[str, Any]] = {
     "one group, wide head": {"num_query_groups": 2, "kv_channels": 32, "qk_layernorm": False},
     "bf16": {"bf16": True},
 }
-LAYOUTS: dict[int, dict[str, dict[str, Any]]] = {
-    1: {"one": {}},
-    2: {
-        "tp2": TP2,
-        "pp2": {"pipeline_model_parallel_size": 2},
-        "vpp2": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
-    },
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "tp2": TP2,
+    "pp2": {"pipeline_model_parallel_size": 2},
+    "vpp2": {"pipeline_model_parallel_size": 2, "num_virtual_stages_per_pipeline_rank": 2},
 }
 
 
-def build_all(prefix: str, folder: str, world_size: int, ports: list[int]) -> dict[tuple[str, str], Any]:
-    """Return, by model and layout, this rank's initial weights and masters with how they are split."""
-    from megatron_hyperp import device
+def build(prefix: str, folder: str, fields: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return this rank's initial weights and masters with how they are split."""
     from megatron_hyperp.parameters import named_parameters, partition_dim
-    from megatron_hyperp.training.loop import Trainer
-    from megatron_hyperp.training.preflight import check
+    from tests.distributed.test_data_parallel import build_trainer
 
-    results = {}
-    for model, model_fields in MODELS.items():
-        for layout, layout_fields in LAYOUTS[world_size].items():
-            os.environ["MASTER_PORT"] = str(ports.pop())
-            config, tokenizer, *_ = check(toy_config(prefix, Path(folder), **model_fields, **layout_fields), world_size)
-            device.adapt_megatron()
-            device.init_process_group(1)
-            trainer = Trainer(config, tokenizer, None)
-            weights = {
-                name: (parameter.detach().clone(), partition_dim(parameter))
-                for chunk in trainer.chunks
-                for name, parameter in named_parameters(chunk)
-            }
-            spheres = {
-                entry.name: (family.master[index].clone(), entry.partition_dim, entry.radius)
-                for family in trainer.optimizer.families
-                for index, entry in enumerate(family.routes)
-                if entry.radius is not None
-            }
-            results[model, layout] = (weights, spheres)
-            trainer.close_reports()
-            trainer.leave_groups()
-            del trainer
-            gc.collect()  # process groups live on in the cycles of a dropped model, with their threads and sockets
-    return results
+    trainer = build_trainer(prefix, folder, fields)
+    weights = {
+        name: (parameter.detach().clone(), partition_dim(parameter))
+        for chunk in trainer.chunks
+        for name, parameter in named_parameters(chunk)
+    }
+    spheres = {
+        entry.name: (family.master[index].clone(), entry.partition_dim, entry.radius)
+        for family in trainer.optimizer.families
+        for index, entry in enumerate(family.routes)
+        if entry.radius is not None
+    }
+    return weights, spheres
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[tuple[str, str], Any]]]:
-    folder = tmp_path_factory.mktemp("built")
-    prefix = write_corpus(folder)
-    ports = [free_port() for _ in range(len(MODELS) * 3)]
-    return {n: run_distributed(build_all, n, prefix, str(folder), n, ports) for n in LAYOUTS}
+def built(cases: Callable[..., Cases], corpus: str) -> Cases:
+    """What :func:`build` returns on each rank, by model and layout."""
+
+    def compute(key: tuple[str, str], folder: Path) -> Any:
+        model, layout = key
+        ranks, fields = (1, {}) if layout == "one" else (2, LAYOUTS[layout])
+        return run_distributed(build, ranks, corpus, str(folder), {**MODELS[model], **fields})
+
+    return cases(compute)
 
 
 def whole(name: str, parts: list[torch.Tensor], split: int) -> torch.Tensor:
@@ -85,11 +73,11 @@ def whole(name: str, parts: list[torch.Tensor], split: int) -> torch.Tensor:
     return torch.cat(parts, dim=split)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS[2])
-def test_initial_weights_are_the_same_bits_for_every_layout(built: Any, model: str, layout: str) -> None:
-    expected, _ = built[1][0][model, "one"]
-    ranks = [result[model, layout][0] for result in built[2]]
+@pytest.mark.parametrize("model", kept(MODELS, {"untied", "tied"}))
+@pytest.mark.parametrize("layout", kept(LAYOUTS, {"tp2", "pp2"}))
+def test_initial_weights_are_the_same_bits_for_every_layout(built: Cases, model: str, layout: str) -> None:
+    [(expected, _)] = built[model, "one"]
+    ranks = [weights for weights, _ in built[model, layout]]
     seen = set()
     for name in {name for weights in ranks for name in weights}:
         parts = [weights[name][0] for weights in ranks if name in weights]
@@ -100,10 +88,10 @@ def test_initial_weights_are_the_same_bits_for_every_layout(built: Any, model: s
     assert seen == set(expected)
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("layout", ["one", *LAYOUTS[2]])
-def test_sphere_matrices_start_on_their_spheres(built: Any, model: str, layout: str) -> None:
-    ranks = [result[model, layout][1] for result in built[1 if layout == "one" else 2]]
+@pytest.mark.parametrize("model", kept(MODELS, {"untied", "tied"}))
+@pytest.mark.parametrize("layout", kept(["one", *LAYOUTS], {"one", "tp2", "pp2"}))
+def test_sphere_matrices_start_on_their_spheres(built: Cases, model: str, layout: str) -> None:
+    ranks = [spheres for _, spheres in built[model, layout]]
     names = {name for spheres in ranks for name in spheres}
     assert len(names) == 4 * 4 + (0 if model == "tied" else 1)
     for name in names:
@@ -201,9 +189,9 @@ def faults_of_state(trainer: Any, batches: Any) -> list[tuple[int, str, bool]]:
     ids=["one", "tp2", "dp2", "pp2"],
 )
 def test_a_non_finite_gradient_skips_the_step_on_every_rank(
-    tmp_path: Path, world_size: int, layout: dict[str, Any]
+    corpus: str, tmp_path: Path, world_size: int, layout: dict[str, Any]
 ) -> None:
-    for result in run_distributed(step_with_bad_gradients, world_size, write_corpus(tmp_path), str(tmp_path), layout):
+    for result in run_distributed(step_with_bad_gradients, world_size, corpus, str(tmp_path), layout):
         assert result["taken"] == [(False, True), (False, True), (True, False)]
         assert result["counters"] == {"steps_taken": 1, "steps_skipped": 2}
         names = ("output_layer.weight", "norm")

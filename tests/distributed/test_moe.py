@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import math
-import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,12 @@ import torch
 
 from megatron_hyperp.training.logging import read_metrics
 from tests import tolerances
-from tests.run_distributed import free_port, run_distributed
-from tests.toy import toy_config, write_corpus
+from tests.cases import Cases, kept
+from tests.run_distributed import run_distributed
+from tests.toy import rows_of_run, toy_config
 
 Runs = dict[str, dict[str, Any]]
+ITERATIONS = 20
 MOE = {"num_layers": 2, "ffn_hidden_size": 128, "moe_sparsity": 4, "moe_topk": 2}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 EP2 = {"expert_model_parallel_size": 2}
@@ -76,39 +77,36 @@ REFERENCES = {
 }
 
 
-def train_all(prefix: str, folder: str, runs: Runs, ports: dict[str, int]) -> None:
-    from megatron_hyperp.training.pretrain import pretrain
-
-    for name, overrides in runs.items():
-        os.environ["MASTER_PORT"] = str(ports[name])
-        config = toy_config(prefix, Path(folder) / name, **{**MOE, **overrides})
-        pretrain(config, world_size=int(os.environ["WORLD_SIZE"]))
-        gc.collect()  # process groups live on in the cycles of a dropped model, with their threads and sockets
+RUNS = {name: (ranks, fields) for ranks, layouts in LAYOUTS.items() for name, fields in layouts.items()}
+# What `make test` trains.
+KEPT = {*LAYOUTS[1], "ep2", "tp2", "tp2-z", "pp2", "dp2-exact", "ep2-shared", "ep2-tp2"}
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str, Any]]]:
-    folder = tmp_path_factory.mktemp("moe")
-    prefix = write_corpus(folder)
-    for world_size, layouts in LAYOUTS.items():
-        run_distributed(train_all, world_size, prefix, str(folder), layouts, {name: free_port() for name in layouts})
-    return {name: read_metrics(folder / name) for layouts in LAYOUTS.values() for name in layouts}
+def runs(cases: Callable[..., Cases], corpus: str) -> Cases:
+    """Rows of metrics by the name of a run."""
+
+    def train(name: str, folder: Path) -> list[dict[str, Any]]:
+        ranks, fields = RUNS[name]
+        return rows_of_run(ranks, corpus, folder, **{**MOE, "train_iters": ITERATIONS, **fields})
+
+    return cases(train)
 
 
 def largest_difference(run: list[dict[str, Any]], reference: list[dict[str, Any]], key: str = "loss") -> float:
-    assert len(run) == len(reference) == 20
+    assert len(run) == len(reference) == ITERATIONS
     return max(abs(a[key] - b[key]) / abs(b[key]) for a, b in zip(run, reference, strict=True))
 
 
-@pytest.mark.parametrize("name", REFERENCES)
-def test_layout_equals_one_rank(runs: Any, name: str) -> None:
+@pytest.mark.parametrize("name", kept(REFERENCES, KEPT))
+def test_layout_equals_one_rank(runs: Cases, name: str) -> None:
     reference = runs[REFERENCES[name]]
     assert largest_difference(runs[name], reference) < tolerances.LAYOUT_LOSS
     assert largest_difference(runs[name], reference, "grad_norm") < 100 * tolerances.LAYOUT_LOSS
 
 
-@pytest.mark.parametrize("name", REFERENCES)
-def test_the_global_balance_is_that_of_one_rank(runs: Any, name: str) -> None:
+@pytest.mark.parametrize("name", kept(REFERENCES, KEPT))
+def test_the_global_balance_is_that_of_one_rank(runs: Cases, name: str) -> None:
     """The first batch has the same weights everywhere, so loads are equal and the loss is up to rounding."""
     first, expected = runs[name][0], runs[REFERENCES[name]][0]
     assert first["tokens_per_expert"] == expected["tokens_per_expert"]
@@ -119,22 +117,22 @@ def test_the_global_balance_is_that_of_one_rank(runs: Any, name: str) -> None:
         assert largest_difference(runs[name], runs[REFERENCES[name]], key) < 10 * tolerances.LAYOUT_LOSS
 
 
-@pytest.mark.parametrize(("name", "reference"), [("tp2-z", "one-z"), ("tp2-aux", "one-aux")])
-def test_other_losses_weigh_the_same_for_every_layout(runs: Any, name: str, reference: str) -> None:
+@pytest.mark.parametrize(("name", "reference"), kept([("tp2-z", "one-z"), ("tp2-aux", "one-aux")], KEPT))
+def test_other_losses_weigh_the_same_for_every_layout(runs: Cases, name: str, reference: str) -> None:
     """By their gradients: later a token that lies between two experts goes the other way."""
     for step in (0, 1):
         assert runs[name][step]["grad_norm"] == pytest.approx(runs[reference][step]["grad_norm"], rel=1e-5)
         assert runs[name][step]["loss"] == pytest.approx(runs[reference][step]["loss"], rel=1e-5)
 
 
-def test_recomputation_counts_each_token_once(runs: Any) -> None:
+def test_recomputation_counts_each_token_once(runs: Cases) -> None:
     assert largest_difference(runs["one-recompute"], runs["one"]) == 0.0
     assert largest_difference(runs["one-recompute"], runs["one"], "balance_loss") == 0.0
 
 
-@pytest.mark.parametrize("name", [name for layouts in LAYOUTS.values() for name in layouts])
-def test_every_token_is_counted(runs: Any, name: str) -> None:
-    fields = {**MOE, **next(layouts[name] for layouts in LAYOUTS.values() if name in layouts)}
+@pytest.mark.parametrize("name", kept(RUNS, KEPT))
+def test_every_token_is_counted(runs: Cases, name: str) -> None:
+    fields: dict[str, Any] = {**MOE, **RUNS[name][1]}
     topk = fields.get("moe_router_topk") or fields["moe_topk"] - bool(fields.get("moe_shared_expert"))
     for row in runs[name]:
         assert [sum(layer) for layer in row["tokens_per_expert"]] == [2048 * topk] * 2
@@ -143,28 +141,28 @@ def test_every_token_is_counted(runs: Any, name: str) -> None:
             assert violation == pytest.approx(max(layer) / mean - 1)
 
 
-@pytest.mark.parametrize("name", [name for layouts in LAYOUTS.values() for name in layouts if "adamw" not in name])
-def test_experts_and_router_stay_on_their_spheres(runs: Any, name: str) -> None:
+@pytest.mark.parametrize("name", kept([name for name in RUNS if "adamw" not in name], KEPT))
+def test_experts_and_router_stay_on_their_spheres(runs: Cases, name: str) -> None:
     drifts = [row["radius_drift"] for row in runs[name]]
     assert 0 < max(drifts) < tolerances.RADIUS_DRIFT
 
 
 @pytest.mark.parametrize("name", ["one", *(name for name in LAYOUTS[1] if name != "one")])
-def test_every_kind_learns(runs: Any, name: str) -> None:
+def test_every_kind_learns(runs: Cases, name: str) -> None:
     assert runs[name][-1]["loss"] < 0.95 * runs[name][0]["loss"]
 
 
-def test_a_z_loss_keeps_router_logits_small(runs: Any) -> None:
+def test_a_z_loss_keeps_router_logits_small(runs: Cases) -> None:
     assert runs["one-z"][-1]["router_z"] < runs["one"][-1]["router_z"]
 
 
-def test_the_loss_balances(runs: Any) -> None:
+def test_the_loss_balances(runs: Cases) -> None:
     assert runs["one"][-1]["max_vio"] < 0.5 * runs["one-unbalanced"][-1]["max_vio"]
     assert runs["one"][-1]["balance_loss"] < runs["one-unbalanced"][-1]["balance_loss"]
 
 
 @pytest.mark.parametrize("name", ["one-z", "one-softmax", "one-capacity", "one-aux", "one-exact", "one-shared"])
-def test_every_setting_changes_training(runs: Any, name: str) -> None:
+def test_every_setting_changes_training(runs: Cases, name: str) -> None:
     assert largest_difference(runs[name], runs["one"]) > 1e-5
 
 
@@ -172,18 +170,9 @@ def test_every_setting_changes_training(runs: Any, name: str) -> None:
 IDLE = {**SPARSE, "seq_length": 8, "micro_batch_size": 1, "global_batch_size": 4, "train_iters": 10}
 
 
-def train_idle(prefix: str, folder: str, overrides: dict[str, Any]) -> list[dict[str, Any]]:
-    from megatron_hyperp.training.pretrain import pretrain
-
-    config = toy_config(prefix, Path(folder), **{**MOE, **IDLE, **overrides})
-    pretrain(config, world_size=int(os.environ["WORLD_SIZE"]))
-    return read_metrics(Path(folder))
-
-
-def test_idle_experts_stall_nothing(tmp_path: Path) -> None:
-    prefix = write_corpus(tmp_path)
-    one = run_distributed(train_idle, 1, prefix, str(tmp_path / "one"), {})[0]
-    four = run_distributed(train_idle, 4, prefix, str(tmp_path / "four"), {**EP2, **OVERLAP})[0]
+def test_idle_experts_stall_nothing(corpus: str, tmp_path: Path) -> None:
+    one = rows_of_run(1, corpus, tmp_path / "one", **{**MOE, **IDLE})
+    four = rows_of_run(4, corpus, tmp_path / "four", **{**MOE, **IDLE, **EP2, **OVERLAP})
     assert any(0 in layer for row in one for layer in row["tokens_per_expert"])
     assert [row["skipped"] for row in four] == [0] * 10
     assert four[0]["loss"] == pytest.approx(one[0]["loss"], rel=1e-6)
@@ -231,9 +220,9 @@ def train_masked(prefix: str, folder: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_an_expert_without_tokens_for_long_harms_nothing(tmp_path: Path) -> None:
+def test_an_expert_without_tokens_for_long_harms_nothing(corpus: str, tmp_path: Path) -> None:
     """Its momentum falls by 0.95 a step, below 1e-30 and on."""
-    results = run_distributed(train_masked, 2, write_corpus(tmp_path), str(tmp_path))
+    results = run_distributed(train_masked, 2, corpus, str(tmp_path), seconds=600)
     rows = results[0]["rows"]
     # The four matrices of the expert in two layers, all on one rank.
     momenta = [value for result in results for value in result["momenta"]]
@@ -259,32 +248,32 @@ RESHARDED: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-def train_resharded(prefix: str, folder: str, runs: Runs, ports: dict[str, int]) -> None:
-    train_all(
-        prefix,
-        folder,
-        {name: {**SHARED, "num_experts": 8, "train_iters": 10, **run} for name, run in runs.items()},
-        ports,
-    )
+@pytest.fixture(scope="module")
+def resharded(cases: Callable[..., Cases], corpus: str) -> Cases:
+    """Losses by iteration: of the run that saves after 5 of its 10 iterations, "whole", and of those that load it."""
+    common = {**MOE, **SHARED, "num_experts": 8, "train_iters": 10}
+
+    def train(name: str, folder: Path) -> dict[int, float]:
+        if name == "whole":
+            fields = {**EP2, **TP2, "save": str(folder / "store"), "save_interval": 5}
+            rows = rows_of_run(4, corpus, folder, **{**common, **fields})
+        else:
+            ranks, fields = RESHARDED[name]
+            assert made["whole"]
+            load = str(made.folder("whole") / "store" / "iter_0000005")
+            rows = rows_of_run(ranks, corpus, folder, **{**common, **fields, "load": load})
+        return {row["iteration"]: row["loss"] for row in rows}
+
+    made = cases(train, "resharded")
+    return made
 
 
-def test_checkpoints_reshard_over_expert_parallel_ranks(tmp_path: Path) -> None:
-    prefix, store = write_corpus(tmp_path), str(tmp_path / "store")
-    saved = {**EP2, **TP2}
-    batches: list[tuple[int, Runs]] = [(4, {"whole": {**saved, "save": store, "save_interval": 5}})]
-    for size in (1, 2, 4):
-        chosen = {
-            name: {**run, "load": f"{store}/iter_0000005"} for name, (ranks, run) in RESHARDED.items() if ranks == size
-        }
-        batches.append((size, chosen))
-    for size, chosen in batches:
-        run_distributed(train_resharded, size, prefix, str(tmp_path), chosen, {name: free_port() for name in chosen})
-    whole = {row["iteration"]: row["loss"] for row in read_metrics(tmp_path / "whole")}
-    for name in RESHARDED:
-        resumed = {row["iteration"]: row["loss"] for row in read_metrics(tmp_path / name)}
-        assert sorted(resumed) == [6, 7, 8, 9, 10]
-        largest = max(abs(loss - whole[iteration]) / loss for iteration, loss in resumed.items())
-        assert largest < (1e-12 if name == "same" else tolerances.RESHARDED_LOSS), name
+@pytest.mark.parametrize("name", kept(RESHARDED, {"one", "ep2-pp2"}))
+def test_checkpoints_reshard_over_expert_parallel_ranks(resharded: Cases, name: str) -> None:
+    whole, resumed = resharded["whole"], resharded[name]
+    assert sorted(resumed) == [6, 7, 8, 9, 10]
+    largest = max(abs(loss - whole[iteration]) / loss for iteration, loss in resumed.items())
+    assert largest < (1e-12 if name == "same" else tolerances.RESHARDED_LOSS)
 
 
 def build_weights(prefix: str, folder: str, overrides: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -300,10 +289,9 @@ def build_weights(prefix: str, folder: str, overrides: dict[str, Any]) -> dict[s
     }
 
 
-def test_initial_experts_are_the_same_bits_for_every_layout(tmp_path: Path) -> None:
-    prefix = write_corpus(tmp_path)
-    [expected] = run_distributed(build_weights, 1, prefix, str(tmp_path), {})
-    ranks = run_distributed(build_weights, 2, prefix, str(tmp_path), EP2)
+def test_initial_experts_are_the_same_bits_for_every_layout(corpus: str, tmp_path: Path) -> None:
+    [expected] = run_distributed(build_weights, 1, corpus, str(tmp_path), {})
+    ranks = run_distributed(build_weights, 2, corpus, str(tmp_path), EP2)
     assert set(expected) == {name for weights in ranks for name in weights}
     for weights in ranks:
         assert len(weights) == 2 * (4 * 2 + 1)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.run_distributed import run_distributed
-from tests.toy import EXPERTS, toy_config, write_corpus
+from tests.toy import EXPERTS, toy_config
 
 TP2 = {"tensor_model_parallel_size": 2}
 TP2SP = {**TP2, "sequence_parallel": True}
@@ -107,11 +107,6 @@ def outcomes(prefix: str, folder: str, world_size: int, flips: list[Flip]) -> li
         trainer.close_reports()
         parallel_state.destroy_model_parallel()
     return told
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def test_one_bit_on_two_ranks(corpus: str, tmp_path: Path) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.cases import Cases
 from tests.run_distributed import run_distributed
-from tests.toy import EXPERTS, rows_of_training, toy_config, write_corpus
+from tests.toy import EXPERTS, rows_of_training, toy_config
 
 COMMON = {"train_iters": 2, "stability_interval": 1, "num_layers": 4}
 ADAMW = {"optimizer": "adamw", "lr": 0.003}
@@ -27,52 +29,59 @@ MODELS: dict[str, dict[str, Any]] = {
     "adamw": ADAMW,
     "adamw experts": {**ADAMW, **EXPERTS},
 }
-LAYOUTS: dict[str, list[dict[str, Any]]] = {
-    "dense": [TP2, TP2SP, PP2, VPP2, DP2, {**PP2, **RECOMPUTE}],
-    "experts": [{**EP2, **DP2}, PP2, DP2, TP2SP],
-    "adamw": [TP2, DP2],
-    "adamw experts": [{**EP2, **DP2}],
+LAYOUTS: dict[str, dict[str, dict[str, Any]]] = {
+    "dense": {"tp2": TP2, "tp2-sp": TP2SP, "pp2": PP2, "vpp2": VPP2, "dp2": DP2, "pp2-recompute": {**PP2, **RECOMPUTE}},
+    "experts": {"ep2": {**EP2, **DP2}, "pp2": PP2, "dp2": DP2, "tp2-sp": TP2SP},
+    "adamw": {"tp2": TP2, "dp2": DP2},
+    "adamw experts": {"ep2": {**EP2, **DP2}},
 }
+# What `make test` trains.
+KEPT = {("dense", "tp2"), ("dense", "vpp2"), ("dense", "dp2"), ("experts", "ep2"), ("experts", "tp2-sp")}
 
 
-def indicators(prefix: str, folder: str, model: str, layouts: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Train for two steps under each layout; return the rows of indicators."""
+def indicators(prefix: str, folder: str, model: str, layout: dict[str, Any]) -> list[dict[str, Any]]:
+    """Train for two steps; return the rows of indicators."""
     from megatron_hyperp import device
     from megatron_hyperp.training.logging import kind_of
 
     device.adapt_megatron()
     device.init_process_group(2)
-    configs = [toy_config(prefix, Path(folder), **{**COMMON, **MODELS[model], **layout}) for layout in layouts]
-    return [[row for row in rows_of_training(config) if kind_of(row) == "stability"] for config in configs]
+    config = toy_config(prefix, Path(folder), **{**COMMON, **MODELS[model], **layout})
+    return [row for row in rows_of_training(config) if kind_of(row) == "stability"]
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
+def alone(cases: Callable[..., Cases], corpus: str) -> Cases:
+    """Rows of indicators of a model on one rank."""
+    return cases(lambda model, folder: run_distributed(indicators, 1, corpus, str(folder), model, {})[0])
+
+
+def marks(model: str, layout: str) -> Any:
+    if "adamw" in model:
+        return pytest.mark.slow
+    return () if (model, layout) in KEPT else pytest.mark.matrix
 
 
 @pytest.mark.parametrize(
-    "model", [pytest.param(model, marks=[pytest.mark.slow] if "adamw" in model else []) for model in MODELS]
+    ("model", "layout"),
+    [pytest.param(model, layout, marks=marks(model, layout)) for model in MODELS for layout in LAYOUTS[model]],
 )
-def test_every_layout_says_what_one_rank_says(model: str, corpus: str, tmp_path: Path) -> None:
-    [[alone]] = run_distributed(indicators, 1, corpus, str(tmp_path), model, [{}])
-    assert [row["iteration"] for row in alone] == [1, 2]
-    for rank in run_distributed(indicators, 2, corpus, str(tmp_path), model, LAYOUTS[model]):
-        for layout, rows in zip(LAYOUTS[model], rank, strict=True):
-            # Of the first step: later ones start from weights that differ by rounding.
-            compare(alone[0], rows[0], layout)
+def test_every_layout_has_the_indicators_of_one_rank(
+    model: str, layout: str, alone: Cases, corpus: str, tmp_path: Path
+) -> None:
+    # Of the first step: later ones start from weights that differ by rounding.
+    expected, second = alone[model]
+    assert (expected["iteration"], second["iteration"]) == (1, 2)
+    for found, _ in run_distributed(indicators, 2, corpus, str(tmp_path), model, LAYOUTS[model][layout]):
+        assert expected.keys() == found.keys()
+        for name, value in expected.items():
+            # A drift is itself rounding, and sums of different parts round differently.
+            exact = {"rel": 1e-5, "abs": 1e-6 if "drift" in name else 1e-9}
+            assert found[name] == pytest.approx(value, **exact), name
 
 
-def compare(expected: dict[str, Any], found: dict[str, Any], layout: dict[str, Any]) -> None:
-    assert expected.keys() == found.keys()
-    for name, value in expected.items():
-        # A drift is itself rounding, and sums of different parts round differently.
-        exact = {"rel": 1e-5, "abs": 1e-6 if "drift" in name else 1e-9}
-        assert found[name] == pytest.approx(value, **exact), (name, layout)
-
-
-def test_figures_of_the_first_step(corpus: str, tmp_path: Path) -> None:
-    [[[row, _]]] = run_distributed(indicators, 1, corpus, str(tmp_path), "experts", [{}])
+def test_figures_of_the_first_step(alone: Cases) -> None:
+    row, _ = alone["experts"]
     layers = [name for name in row if name.endswith("_per_layer")]
     assert {len(row[name]) for name in layers} == {4}
     # At its start the output layer says next to nothing: its log-sum-exp is that of the vocabulary.
