@@ -1,5 +1,9 @@
-# make test    set up and run the tests          make check       lint, types and tests, as CI does
-# make lint    ruff and mypy                      make test-slow   the tests that CI has no time for
+# Each target sets up .venv first where it is missing. Times: two CPU cores, installation apart.
+# make test-fast   tests that start no process: the loop while editing; under a minute
+# make test        every promise once, on TP2, PP2, DP2, EP2 and TP2 x DP2; under ten minutes
+# make test-all    make test, then the remaining layouts and cases
+# make test-slow   the tests that CI has no time for
+# make lint        ruff, mypy and bandit             make check       lint and test-all, as CI does
 # make test-faults   kill, stop, damage and contradict trainings, more than 600 times; prints the count
 #                    (FAULT_WORKERS=1: with one data-loading process per rank alone, instead of with 0, 1 and 2)
 # make test-fuzz   hypothesis on every reader of untrusted input (FUZZ_EXAMPLES=20000 for each target)
@@ -10,7 +14,7 @@ TEST_PYTHON ?= python3
 PYTHON ?= python3
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: setup lint test test-slow test-faults test-fuzz test-gpu audit check
+.PHONY: setup lint test-fast test test-all test-slow test-faults test-fuzz test-gpu audit check
 
 setup: $(VENV)/installed
 
@@ -25,10 +29,19 @@ lint: setup
 	$(VENV)/bin/mypy
 	$(VENV)/bin/bandit --quiet --recursive --configfile pyproject.toml megatron_hyperp tools examples benchmarks
 
-# Two files at a time, those with few and long tests first; then, alone, the tests that compare times.
+# Two files at a time, those with few and long tests first.
+PARALLEL := $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-fast: setup
+	$(PARALLEL) -m "not slow and not matrix and not timing" tests/unit
+
+# At the end, alone, the tests that compare times.
 test: setup
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not timing"
+	$(PARALLEL) -m "not slow and not matrix and not timing"
 	$(VENV)/bin/python -m pytest -m "timing and not slow"
+
+test-all: test
+	$(PARALLEL) -m "matrix and not slow and not timing"
 
 test-slow: setup
 	$(VENV)/bin/python -m pytest -m slow
@@ -52,4 +65,4 @@ test-faults: setup
 test-gpu:
 	$(TEST_PYTHON) -m pytest -s -rs tests/gpu
 
-check: lint test
+check: lint test-all

@@ -37,7 +37,11 @@ def together(how: str) -> int:
 
 @pytest.mark.parametrize(
     ("how", "message"),
-    [("kill", "(SIGKILL|closed by peer)"), ("raise", "(?s)rank 1:.*ValueError: of rank 1"), ("hang", "did not end within 15 s")],
+    [
+        ("kill", "(SIGKILL|closed by peer)"),
+        ("raise", "(?s)rank 1:.*ValueError: of rank 1"),
+        ("hang", "did not end within 15 s"),
+    ],
 )
 def test_a_rank_that_fails_fails_one_test(how: str, message: str) -> None:
     began = time.monotonic()

@@ -19,15 +19,15 @@ from megatron_hyperp import rendezvous
 from megatron_hyperp.training.logging import read_events
 from tests.functional.launch import assert_same_run, launched, train, wait_for_rows, workers, write_config
 from tests.run_distributed import free_port
-from tests.toy import toy_config, write_corpus
+from tests.toy import toy_config
 
 ITERATIONS = 60
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launchers")
-    toy = toy_config(write_corpus(folder), folder, num_layers=1, train_iters=ITERATIONS, save_interval=7, keep=2)
+    toy = toy_config(corpus, folder, num_layers=1, train_iters=ITERATIONS, save_interval=7, keep=2)
     return write_config(toy, folder / "toy.yaml")
 
 

@@ -11,15 +11,15 @@ from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training.logging import read_events
 from megatron_hyperp.training.resiliency import SOCKET, launcher_reports
 from tests.functional.launch import ENTRY, assert_same_run, launched, train, wait_for_rows, workers, write_config
-from tests.toy import toy_config, write_corpus
+from tests.toy import toy_config
 
 ITERATIONS = 60
 
 
 @pytest.mark.slow
-def test_a_hanging_rank_is_restarted_bit_for_bit(tmp_path: Path) -> None:
+def test_a_hanging_rank_is_restarted_bit_for_bit(corpus: str, tmp_path: Path) -> None:
     pytest.importorskip("nvidia_resiliency_ext", reason="needs pip install nvidia-resiliency-ext")
-    toy = toy_config(write_corpus(tmp_path), tmp_path, num_layers=1, train_iters=ITERATIONS, save_interval=7)
+    toy = toy_config(corpus, tmp_path, num_layers=1, train_iters=ITERATIONS, save_interval=7)
     config, run, straight = write_config(toy, tmp_path / "toy.yaml"), tmp_path / "run", tmp_path / "straight"
     timeouts = "fault_tolerance: {initial_rank_heartbeat_timeout: 120, rank_heartbeat_timeout: 10}\n"
     (tmp_path / "timeouts.yaml").write_text(timeouts)

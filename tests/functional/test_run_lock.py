@@ -12,15 +12,15 @@ import pytest
 from megatron_hyperp.errors import EXIT_USAGE
 from megatron_hyperp.training.run_lock import FILE
 from tests.functional.launch import assert_same_run, command, launched, run, train, wait_for_rows, write_config
-from tests.toy import toy_config, write_corpus
+from tests.toy import toy_config
 
 ITERATIONS = 40
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("locks")
-    toy = toy_config(write_corpus(folder), folder / "unused", num_layers=1, train_iters=ITERATIONS, save_interval=20)
+    toy = toy_config(corpus, folder / "unused", num_layers=1, train_iters=ITERATIONS, save_interval=20)
     write_config(toy, folder / "config.yaml")
     return folder
 

@@ -20,13 +20,13 @@ from megatron_hyperp.training.checkpointing import TRACKER
 from megatron_hyperp.training.logging import read_events
 from megatron_hyperp.training.signals import SECONDS_OF_ONE_REQUEST
 from tests.functional.launch import assert_same_run, command, launched, run, train, wait_for_rows, workers, write_config
-from tests.toy import toy_config, write_corpus
+from tests.toy import toy_config
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("signals")
-    config = toy_config(write_corpus(folder), folder / "unused", num_layers=1, train_iters=100)
+    config = toy_config(corpus, folder / "unused", num_layers=1, train_iters=100)
     write_config(config, folder / "config.yaml")
     return folder
 

@@ -13,7 +13,7 @@ import yaml
 from megatron_hyperp.training.logging import read_events
 from tests.functional.launch import assert_same_run, train, wait_for_rows, write_config
 from tests.slurm_cluster import OPTIONS, Cluster, slurm_cluster
-from tests.toy import toy_config, write_corpus
+from tests.toy import toy_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 TEMPLATE = "examples/slurm/pretrain.sbatch"
@@ -21,9 +21,9 @@ ITERATIONS = 600
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("slurm")
-    toy = toy_config(write_corpus(folder), folder, num_layers=1, train_iters=ITERATIONS, save_interval=100, keep=2)
+    toy = toy_config(corpus, folder, num_layers=1, train_iters=ITERATIONS, save_interval=100, keep=2)
     return write_config(toy, folder / "toy.yaml")
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from tests.functional.launch import ROOT, environment
-from tests.toy import VOCABULARY, write_corpus
+from tests.toy import VOCABULARY
 
 
 def sweep(spec: Path, folder: Path) -> subprocess.Popen[str]:
@@ -42,7 +42,7 @@ def running_in(folder: Path) -> list[str]:
     return found
 
 
-def test_a_killed_sweep_ends_with_the_same_table(tmp_path: Path) -> None:
+def test_a_killed_sweep_ends_with_the_same_table(corpus: str, tmp_path: Path) -> None:
     settings = {
         "num_layers": 1,
         "hidden_size": 32,
@@ -53,7 +53,7 @@ def test_a_killed_sweep_ends_with_the_same_table(tmp_path: Path) -> None:
         "train_iters": 40,
         "split": "90,10,0",
         "eval_iters": 2,
-        "data_path": [write_corpus(tmp_path)],
+        "data_path": [corpus],
         "tokenizer_model": f"null:{VOCABULARY}",
     }
     spec = tmp_path / "sweep.yaml"

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_hyperp.training.logging import read_events
 from tests.functional.launch import assert_same_run, launched, train, wait_for_rows, write_config
-from tests.toy import toy_config, write_corpus
+from tests.toy import toy_config
 
 pytestmark = [
     pytest.mark.slow,
@@ -53,9 +53,9 @@ def cable() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def config(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("nodes")
-    toy = toy_config(write_corpus(folder), folder, num_layers=1, train_iters=ITERATIONS, save_interval=50, keep=2)
+    toy = toy_config(corpus, folder, num_layers=1, train_iters=ITERATIONS, save_interval=50, keep=2)
     return write_config(toy, folder / "toy.yaml")
 
 

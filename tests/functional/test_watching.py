@@ -12,15 +12,14 @@ import pytest
 
 from megatron_hyperp.training.logging import read_events, read_metrics
 from tests.functional.launch import ROOT, command, environment, run, train, write_config
-from tests.toy import toy_config, write_corpus
+from tests.toy import toy_config
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("watching")
-    prefix = write_corpus(folder)
     overrides = {"num_layers": 1, "train_iters": 6, "eval_interval": 3, "eval_iters": 1, "stability_interval": 2}
-    write_config(toy_config(prefix, folder / "unused", **overrides), folder / "config.yaml")
+    write_config(toy_config(corpus, folder / "unused", **overrides), folder / "config.yaml")
     return folder
 
 
