@@ -169,7 +169,7 @@ def train_on_a_slow_machine(prefix: str, folder: str, overrides: dict[str, Any])
 
 def test_matrices_shared_by_teams_train_the_same_model(corpus: str, tmp_path: Path) -> None:
     # Four matrices, of which QKV is most of the work.
-    shape = {"num_layers": 1, "num_query_groups": 4, "kv_channels": 512, "ffn_hidden_size": 64}
+    shape = {"num_layers": 1, "num_query_groups": 4, "kv_channels": 512, "ffn_hidden_size": 64, "train_iters": 5}
     cases = {"one": (1, {}), "dp4": (4, {}), "tp2-dp2": (4, TP2)}
     results = {
         name: run_distributed(train_on_a_slow_machine, size, corpus, str(tmp_path / name), {**shape, **overrides})[0]
