@@ -29,7 +29,7 @@ from megatron_hyperp.training.saving import drop_old
 from tests import tolerances
 from tests.functional.launch import ENTRY, ROOT, command, environment, run, train, write_config
 from tests.run_distributed import free_port
-from tests.toy import VOCABULARY, toy_config
+from tests.toy import VOCABULARY, toy_config, write_corpus
 from tools import inspect_checkpoint
 
 TP2 = ("--tensor-model-parallel-size", 2)
@@ -37,9 +37,10 @@ PP2 = ("--pipeline-model-parallel-size", 2)
 
 
 @pytest.fixture(scope="module")
-def workspace(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pretrain")
-    write_config(toy_config(corpus, folder / "unused", lr=None, depth=4, aspect_ratio=16), folder / "config.yaml")
+    prefix = write_corpus(folder)
+    write_config(toy_config(prefix, folder / "unused", lr=None, depth=4, aspect_ratio=16), folder / "config.yaml")
     return folder
 
 
