@@ -6,10 +6,12 @@ import atexit
 import multiprocessing
 import re
 import signal
+import sys
 import weakref
 from collections.abc import Collection, Iterator
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
+from typing import Any
 
 import torch
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler, Subset
@@ -89,7 +91,7 @@ def batches(
         # Whatever this process was started by, or the Python version prefers: the kernel then ends them with this one.
         multiprocessing_context="fork" if num_workers else None,
         pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_the_rank,
+        worker_init_fn=_prepare_process,
         # Without one of its own a loader draws a seed from the global generator, and every evaluation would change the
         # random numbers of training.
         generator=torch.Generator(),
@@ -123,10 +125,27 @@ def filled_up(dataset: SampleDataset, *, planned: int, length: int) -> SampleDat
     return ConcatDataset([dataset, Subset(dataset, [number % held for number in range(length - held)])])
 
 
-def _leave_signals_to_the_rank(_: int) -> None:
+def _prepare_process(_: int) -> None:
     """Ignore what asks a rank to stop: launchers and terminals signal a rank's children, too."""
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    _ignore_lost_connections()
+
+
+def _ignore_lost_connections() -> None:
+    """Let no broken connection print a traceback in this loading process.
+
+    A rank that ends while it takes a batch breaks the connection over which the thread of
+    ``multiprocessing.resource_sharer`` hands out the batch's memory; that thread calls ``sys.excepthook``. Errors of a
+    dataset take another way: they are sent to the rank.
+    """
+    hook = sys.excepthook
+
+    def excepthook(kind: type[BaseException], *rest: Any) -> None:
+        if not issubclass(kind, OSError | EOFError):
+            hook(kind, *rest)
+
+    sys.excepthook = excepthook
 
 
 # Loading processes of this one.
