@@ -70,6 +70,7 @@ def test_signals_stop_all_ranks_and_the_run_goes_on_bit_for_bit(workspace: Path)
     assert_same_run(folder, straight, 100)
 
 
+@pytest.mark.matrix
 def test_a_second_signal_ends_a_rank_that_waits_for_another(workspace: Path) -> None:
     with started(workspace, workspace / "twice", after=1) as launcher:
         waiting, hanging = workers(launcher)
@@ -117,6 +118,7 @@ def test_the_clock_stops_a_run(workspace: Path) -> None:
     assert f"stopping: --exit-duration-in-mins 0.02 are over\nstopped at iteration {done} of 100000" in result.stdout
 
 
+@pytest.mark.matrix
 def test_a_killed_rank_ends_the_other_with_one_line(workspace: Path) -> None:
     with started(workspace, workspace / "killed", after=1) as launcher:
         workers(launcher)[1].kill()
@@ -126,6 +128,7 @@ def test_a_killed_rank_ends_the_other_with_one_line(workspace: Path) -> None:
     assert "Traceback" not in errors.split("torch/distributed")[0]
 
 
+@pytest.mark.matrix
 def test_a_stopped_rank_is_named_within_the_timeout(workspace: Path) -> None:
     flags = ("--distributed-timeout-minutes", 0.4, "--heartbeat-interval", 2)
     with started(workspace, workspace / "hanging", *flags, after=1) as launcher:

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.functional.launch import ROOT, environment
@@ -42,6 +43,7 @@ def running_in(folder: Path) -> list[str]:
     return found
 
 
+@pytest.mark.matrix
 def test_a_killed_sweep_ends_with_the_same_table(corpus: str, tmp_path: Path) -> None:
     settings = {
         "num_layers": 1,
