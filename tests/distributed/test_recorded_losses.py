@@ -1,7 +1,7 @@
 """The same training gives the same numbers under every supported version of Megatron-Core.
 
-Losses were recorded under one version (``tests/recorded.py``). On the processor and the torch of the record they must be
-the same bits; elsewhere, where sums are of another order, the first steps must agree within rounding.
+Losses were recorded under one version (``tests/recorded.py``). On the processor and the torch of the record they must
+be the same bits; elsewhere, where sums are of another order, the first steps must agree within rounding.
 """
 
 from __future__ import annotations
