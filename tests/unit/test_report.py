@@ -6,8 +6,6 @@ import html
 import json
 import math
 import re
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,9 +18,9 @@ from megatron_hyperp.reporting import figures, heatmaps, tables
 from megatron_hyperp.reporting.drawing import amount, colours, short, spread
 from megatron_hyperp.reporting.page import write
 from megatron_hyperp.reporting.runs import load_run, load_runs, summarize
+from tests.commands import run_here
 from tests.written_run import STEP_TOKENS, write_run
-
-ROOT = Path(__file__).resolve().parents[2]
+from tools.report import main
 
 
 def text_of(page: str) -> str:
@@ -229,24 +227,17 @@ def test_labels_are_moved_apart_within_the_panel() -> None:
     assert [amount(value) for value in (0.015, 999, 1500, 10.4e9)] == ["0.015", "999", "1.5K", "10.4B"]
 
 
-def tool(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/report.py", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def test_tool_writes_beside_the_run(tmp_path: Path) -> None:
+def test_tool_writes_beside_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "a")
-    done = tool(folder)
+    done = run_here(main, folder, capsys=capsys)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert {path.name for path in folder.glob("report*")} == {"report.html", "report.png", "report-layers.png"}
     assert done.stdout.startswith("a: held-out loss 7.600")
 
 
-def test_tool_refuses_in_one_line(tmp_path: Path) -> None:
+def test_tool_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each case raises what the command line prints; one of them is run as a command."""
-    from tools.report import main
-
     folder = write_run(tmp_path / "a")
     cases: dict[str, list[str]] = {
         "has no metrics.jsonl": [str(tmp_path / "nothing")],
@@ -260,7 +251,7 @@ def test_tool_refuses_in_one_line(tmp_path: Path) -> None:
         (folder / "metrics.jsonl").write_text(content, encoding="latin-1")
         with pytest.raises(UsageError, match=said):
             main([str(folder)])
-    refused = tool(folder)
+    refused = run_here(main, folder, capsys=capsys)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: ")
     assert refused.stderr.count("\n") == 1
