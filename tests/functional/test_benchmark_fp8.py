@@ -12,6 +12,7 @@ from benchmarks.lr_transfer.plan import PRESETS
 from benchmarks.lr_transfer.run import prepare
 from megatron_hyperp.errors import UsageError
 from tests import tolerances
+from tests.functional.launch import run_benchmark
 from tests.run_distributed import run_distributed
 from tests.toy import VOCABULARY, write_corpus
 
@@ -26,7 +27,7 @@ def test_it_trains_what_is_missing_and_reports_all(tmp_path: Path, capsys: pytes
     with pytest.raises(UsageError, match=r"^1 trainings are not in .*losses\.csv; give --data-path and --tokenizer-m"):
         main([*words, "--cases", "none", "sphere"])
     corpus = ["--data-path", write_corpus(tmp_path, documents=1000), "--tokenizer-model", f"null:{VOCABULARY}"]
-    run_distributed(main, 1, [*words, *corpus, "--cases", "none", "sphere"])
+    run_benchmark(main, *words, *corpus, "--cases", "none", "sphere")
     # What was known, was not trained again.
     none, sphere = read(tmp_path / "losses.csv")
     assert [none[name] for name in (*KEY, "loss")] == ["none", "bf16", "1234", "2", "4.0"]

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.moe_granularity.run import main
 from benchmarks.moe_granularity.tables import slope, vertex
-from tests.run_distributed import run_distributed
+from tests.functional.launch import run_benchmark
 
 # The square of a wide sum of uncorrelated terms has its expected value but for 1/sqrt(numbers that are averaged).
 CONSTANT = 0.05
@@ -23,7 +23,7 @@ WORDS = ("gate", "shared")
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float | str]]:
     folder = tmp_path_factory.mktemp("granularity")
-    run_distributed(main, 1, ["--quick", "--parts", "start", "--output", str(folder)])
+    run_benchmark(main, "--quick", "--parts", "start", "--output", folder)
     assert (folder / "granularity.png").stat().st_size > 10_000
     with (folder / "start.csv").open() as stream:
         return [{k: v if k in WORDS else float(v) for k, v in row.items()} for row in csv.DictReader(stream)]

@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from benchmarks.kernels import run
-from tests.functional.launch import ROOT
-from tests.run_distributed import run_distributed
+from tests.functional.launch import ROOT, run_benchmark
 
 SCALING, STEP = "benchmarks/optimizer_scaling/run.py", "benchmarks/optimizer_step/run.py"
 
@@ -62,5 +61,5 @@ def test_a_whole_step_runs() -> None:
 
 @pytest.mark.slow
 def test_the_benchmark_of_kernels_runs(capfd: pytest.CaptureFixture[str]) -> None:
-    run_distributed(run.main, 1, ["--parts", "step", "--repeats", "1"])
+    run_benchmark(run.main, "--parts", "step", "--repeats", 1)
     assert capfd.readouterr().out.count("MiB") == 4
