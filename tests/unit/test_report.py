@@ -8,9 +8,11 @@ import math
 import re
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from megatron_hyperp import estimate
 from megatron_hyperp.errors import UsageError
@@ -31,6 +33,17 @@ def text_of(page: str) -> str:
 def cells(table: str) -> list[list[str]]:
     rows = re.findall(r"<tr.*?</tr>", table)
     return [[text_of(cell).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are set up and not drawn, which takes seconds for a page."""
+
+    def savefig(self: Figure, output: Any, **_: Any) -> None:
+        content = b"\x89PNG"
+        output.write(content) if hasattr(output, "write") else Path(output).write_bytes(content)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 def test_page_of_several_runs(tmp_path: Path) -> None:
@@ -195,6 +208,7 @@ def test_config_of_another_version(tmp_path: Path) -> None:
     assert "num_layers" in run.notes[0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_files_cannot_inject_html(tmp_path: Path) -> None:
     evil = "<img src=x onerror=alert(1)>'\""
     folder = write_run(tmp_path / "<b>$x$")
@@ -227,6 +241,7 @@ def test_labels_are_moved_apart_within_the_panel() -> None:
     assert [amount(value) for value in (0.015, 999, 1500, 10.4e9)] == ["0.015", "999", "1.5K", "10.4B"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tool_writes_beside_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "a")
     done = run_here(main, folder, capsys=capsys)
