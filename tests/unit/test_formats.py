@@ -287,7 +287,7 @@ def test_compressed_data_that_is_not_whole_is_refused(tmp_path: Path, compressio
 
 @pytest.mark.parametrize("compression", COMPRESS)
 def test_progress_counts_bytes_as_they_are_in_the_file(tmp_path: Path, compression: str) -> None:
-    content = "".join(json.dumps({"text": os.urandom(500).hex()}) + "\n" for _ in range(5000)).encode()
+    content = "".join(json.dumps({"text": os.urandom(500).hex()}) + "\n" for _ in range(2500)).encode()
     path = tmp_path / "a.jsonl"
     path.write_bytes(COMPRESS[compression](content))
     corpus = open_corpus("--input", path)
@@ -506,7 +506,7 @@ def test_a_text_file_that_is_not_utf8_is_one_bad_line(tmp_path: Path) -> None:
 
 def test_the_python_corpus_is_read_as_it_is() -> None:
     """Also the files that look like JSON or CSV."""
-    corpus = open_corpus("--python-corpus", "--max-bytes", "5MB")
+    corpus = open_corpus("--python-corpus", "--max-bytes", "2MB")
     contents = [source.path.read_bytes().decode() for source in corpus.sources.read]
     assert [document.text for document in corpus] == contents
     assert {source.format for source in corpus.sources.read} == {"text"}
