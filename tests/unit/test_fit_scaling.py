@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from megatron_hyperp import arguments
-from megatron_hyperp.errors import run_command
 from megatron_hyperp.scaling.groups import group_runs, matching, read_runs
+from tests.commands import run_here
 from tools.fit_scaling import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -236,10 +236,9 @@ def test_the_base_takes_batch_and_width_from_the_file(
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as caught:
-        run_command(main, argv)
-    assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    done = run_here(main, *argv, capsys=capsys)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
     return line.removeprefix("error: ")
 
 
