@@ -287,7 +287,7 @@ def test_compressed_data_that_is_not_whole_is_refused(tmp_path: Path, compressio
 
 @pytest.mark.parametrize("compression", COMPRESS)
 def test_progress_counts_bytes_as_they_are_in_the_file(tmp_path: Path, compression: str) -> None:
-    content = "".join(json.dumps({"text": os.urandom(500).hex()}) + "\n" for _ in range(2500)).encode()
+    content = "".join(json.dumps({"text": os.urandom(500).hex()}) + "\n" for _ in range(5000)).encode()
     path = tmp_path / "a.jsonl"
     path.write_bytes(COMPRESS[compression](content))
     corpus = open_corpus("--input", path)
