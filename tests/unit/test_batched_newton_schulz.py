@@ -13,11 +13,12 @@ import torch
 from megatron_hyperp import device
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz, _chunks
 
-SHAPES = [(300, 32, 128), (21, 128, 512), (21, 512, 128)]
+SHAPES = [(300, 32, 128), (21, 128, 512)]
 # Nothing about these is a multiple of a cache line, and the smallest leave PyTorch's fast kernels.
-ODD_SHAPES = [(2000, 16, 5), (150, 37, 101), (150, 101, 37), (90, 10, 30), (9, 257, 259)]
+ODD_SHAPES = [(2000, 16, 5), (150, 37, 101), (150, 101, 37), (90, 10, 30)]
 # Those that take seconds.
-LARGE_SHAPES, LARGE_ODD_SHAPES = [(7, 256, 1024), (5, 512, 512), (70, 128, 128)], [(9, 513, 515)]
+LARGE_SHAPES = [(21, 512, 128), (7, 256, 1024), (5, 512, 512), (70, 128, 128)]
+LARGE_ODD_SHAPES = [(9, 513, 515)]
 
 
 @pytest.fixture(params=[1, 2])

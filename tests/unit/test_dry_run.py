@@ -35,7 +35,7 @@ def recipes() -> Iterator[Any]:
             if gpus > 8 and "quickstart" in name:
                 continue
             quick = gpus == 8 and (not name.startswith("moe") or name in ENDS)
-            if quick or (gpus == 1024 and name in ("dense_d8", "moe_d8")):
+            if quick or (gpus == 1024 and name == "moe_d8"):
                 yield name, gpus
             else:
                 matrix = gpus <= 64 or name in ENDS
