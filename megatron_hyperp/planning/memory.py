@@ -1,7 +1,8 @@
 """Bytes that a rank needs: weights, gradients, optimizer state, activations.
 
 Weights, gradients and state follow the plan of ownership that the optimizer itself makes. Activations are what
-Megatron-Core's local layers keep for the backward pass (``tests/unit/test_memory.py`` compares both with real models).
+Megatron-Core's local layers keep for the backward pass. Both are compared with real models, in test_memory.py of
+``tests/distributed`` and ``tests/unit``.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import psutil
 from megatron_hyperp import arguments
 from megatron_hyperp.config import Config
 from megatron_hyperp.training.logging import METRICS_FILE, read_metrics
-from tests.run_distributed import ROOT, free_port, torchrun_environment, warm_context
+from tests.run_distributed import ROOT, free_port, run_distributed, torchrun_environment, warm_context
 
 # Seconds that the other ranks have to end once one has failed; a launcher would end them at once.
 SECONDS_TO_END = 60.0
@@ -121,6 +121,17 @@ def train(config: Path, *flags: Any, ranks: int = 1, timeout: float = 240) -> st
     result = run(config, *flags, ranks=ranks, timeout=timeout)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     return result.stdout
+
+
+def run_benchmark(main: Callable[[list[str]], Any], *words: Any) -> None:
+    """Run a benchmark's ``main`` in a process that is forked warm, as from a command line: no launcher started it."""
+    run_distributed(_without_launcher, 1, main, list(map(str, words)))
+
+
+def _without_launcher(main: Callable[[list[str]], Any], words: list[str]) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    main(words)
 
 
 def assert_same_run(found: Path, expected: Path, rows: int | None = None) -> None:

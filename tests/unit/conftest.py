@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from typing import Any
 
@@ -21,10 +22,13 @@ def refuse_to_start(*_: Any, **__: Any) -> None:
     raise AssertionError("a unit test starts no process: move it to tests/functional, or to tests/distributed")
 
 
-@pytest.fixture(autouse=True)
-def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    for owner, name in STARTERS:
-        monkeypatch.setattr(owner, name, refuse_to_start)
+@pytest.fixture(scope="package", autouse=True)
+def no_processes() -> Iterator[None]:
+    """Of the whole folder, so that it holds for fixtures of modules as well."""
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in STARTERS:
+            patch.setattr(owner, name, refuse_to_start)
+        yield
 
 
 @pytest.fixture(autouse=True)

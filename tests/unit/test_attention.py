@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests import tolerances
-from tests.run_distributed import run_distributed
+from tests.toy import one_rank
 
 HEADS, SIZE, BATCH = 4, 16, 3
 # Groups, sequence length, softmax scale.
@@ -47,6 +47,7 @@ def outcome(core: torch.nn.Module, groups: int, length: int, dtype: torch.dtype)
 
 def compare() -> dict[tuple[str, str], list[list[torch.Tensor]]]:
     """Return, by case and precision, what both modules make."""
+    from megatron.core import parallel_state
     from megatron.core.transformer.dot_product_attention import DotProductAttention
     from megatron.core.transformer.enums import AttnMaskType
 
@@ -55,7 +56,6 @@ def compare() -> dict[tuple[str, str], list[list[torch.Tensor]]]:
     from megatron_hyperp.training.setup import initialize_megatron
 
     device.adapt_megatron()
-    device.init_process_group(1)
     small = "--num-layers 1 --hidden-size 64 --num-attention-heads 4 --vocab-size 64 --train-iters 1"
     initialize_megatron(arguments.parse(small.split(), description="").resolve())
     result = {}
@@ -65,13 +65,14 @@ def compare() -> dict[tuple[str, str], list[list[torch.Tensor]]]:
             words = (config, 1, AttnMaskType.causal, "self")
             cores: list[Any] = [kind(*words, softmax_scale=scale) for kind in (DotProductAttention, SdpaAttention)]
             result[title, dtype] = [outcome(core, groups, length, getattr(torch, dtype)) for core in cores]
+    parallel_state.destroy_model_parallel()
     return result
 
 
 @pytest.fixture(scope="module")
 def compared() -> dict[tuple[str, str], list[list[torch.Tensor]]]:
-    [result] = run_distributed(compare, 1)
-    return result
+    with one_rank():
+        return compare()
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

@@ -12,7 +12,6 @@ from megatron_hyperp import arguments
 from megatron_hyperp.estimate import parameter_count
 from megatron_hyperp.parameters import DISTINCT, REPLICATED, is_expert, partition_dim, role_of
 from megatron_hyperp.planning.inventory import shapes, stage_parameters
-from tests.run_distributed import run_distributed
 
 PAPER_MOE = "--moe-sparsity 8 --moe-topk 8 --moe-shared-expert"
 SMALL = "--depth 4 --aspect-ratio 16 --vocab-size 64 --train-iters 1 --global-batch-size 60 --seq-length 16"
@@ -87,8 +86,7 @@ def build_all(cases: dict[str, Case]) -> dict[str, dict[str, Parameter]]:
 
 @pytest.fixture(scope="module")
 def built() -> dict[str, dict[str, Parameter]]:
-    [result] = run_distributed(build_all, 1, WHOLE | PARTS)
-    return result
+    return build_all(WHOLE | PARTS)
 
 
 @pytest.mark.parametrize("title", WHOLE)

@@ -37,8 +37,17 @@ def written(folder: Path, **overrides: Any) -> RandomSource:
     return write_random(folder, **{**PADDED, **overrides})
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("overrides", [{}, TIED, EXPERTS], ids=["dense", "tied", "experts"])
+@pytest.mark.parametrize(
+    ("overrides", "dtype"),
+    [
+        pytest.param({}, torch.float32, id="dense, fp32"),
+        pytest.param(TIED, torch.bfloat16, id="tied, bf16"),
+        pytest.param(EXPERTS, torch.float32, id="experts, fp32"),
+        pytest.param({}, torch.bfloat16, id="dense, bf16", marks=pytest.mark.matrix),
+        pytest.param(TIED, torch.float32, id="tied, fp32", marks=pytest.mark.matrix),
+        pytest.param(EXPERTS, torch.bfloat16, id="experts, bf16", marks=pytest.mark.matrix),
+    ],
+)
 def test_an_export_has_the_tokens_alone_and_comes_back_whole(
     tmp_path: Path, overrides: dict[str, Any], dtype: torch.dtype
 ) -> None:

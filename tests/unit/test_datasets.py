@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import itertools
-import os
 import re
-import subprocess
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -120,13 +117,6 @@ def test_resuming_continues_with_the_same_batches(prefix: Path, train: SampleDat
     again = built(build(prefix).train)
     resumed = list(itertools.islice(batches(again, micro_batch_size=4, consumed_samples=24), 10))
     for left, right in zip(whole[6:], resumed, strict=True):
-        check_equal(left, right)
-
-
-def test_loading_processes_keep_the_order(train: SampleDataset) -> None:
-    plain = batches(train, micro_batch_size=4, consumed_samples=4, num_batches=10)
-    parallel = batches(train, micro_batch_size=4, consumed_samples=4, num_batches=10, num_workers=2)
-    for left, right in zip(plain, parallel, strict=True):
         check_equal(left, right)
 
 
@@ -366,46 +356,3 @@ def test_cache_that_cannot_be_written_is_refused(prefix: Path, tmp_path: Path) -
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"data cache .* cannot be written"):
         build(prefix, cache_path=tmp_path / "file" / "cache")
-
-
-# Several ranks
-
-
-RANK_SCRIPT = """
-import sys, warnings
-warnings.simplefilter("ignore")
-import torch
-from megatron_hyperp.data.batches import batches
-from megatron_hyperp.data.datasets import build_datasets
-from megatron_hyperp.data.tokenizer import NullTokenizer
-
-rank, store, output, data_path = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]
-torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-datasets = build_datasets(
-    data_path=data_path, split="90,10,0", seq_length=16, seed=7, num_samples=(64, 8, 0), tokenizer=NullTokenizer(5000)
-)
-loaders = [batches(d, micro_batch_size=2, data_parallel_rank=rank, data_parallel_size=2) for d in datasets[:2]]
-torch.save([[next(loader)["tokens"] for _ in range(2)] for loader in loaders], f"{output}{rank}")
-"""
-
-
-def test_two_ranks_build_the_datasets_of_one_process(tmp_path: Path) -> None:
-    corpora = [make_corpus(tmp_path / "a", 40), make_corpus(tmp_path / "b", 40, first=2000)]
-    data_path = ["0.5", str(corpora[0]), "0.5", str(corpora[1])]
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK_SCRIPT, str(rank), tmp_path / "store", tmp_path / "rank", *data_path],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "".join(errors)
-    ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]
-    alone = build(*data_path, num_samples=(64, 8, 0), cache_path=tmp_path / "other")
-    for number, dataset in enumerate((alone.train, alone.valid)):
-        expected = tokens_of(batches(built(dataset), micro_batch_size=8), 1).view(2, 2, 2, SEQ_LENGTH)
-        for micro_batch, rank in itertools.product(range(2), range(2)):
-            assert torch.equal(ranks[rank][number][micro_batch], expected[micro_batch, rank])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import io
 import re
-import subprocess
+import runpy
 import sys
 from itertools import pairwise
 from pathlib import Path
@@ -41,15 +43,9 @@ def tree_in_readme() -> set[str]:
 
 
 def tree_on_disk() -> set[str]:
-    listed = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *TREE_TOPS],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split()
+    listed = {str(path.relative_to(ROOT)) for top in TREE_TOPS for path in (ROOT / top).rglob("*") if path.is_file()}
     files = {
-        path for path in listed if not path.endswith(("__init__.py", "py.typed", ".md")) and (ROOT / path).exists()
+        path for path in listed if "__pycache__" not in path and not path.endswith(("__init__.py", "py.typed", ".md"))
     }
     folders = {f"{parent}/" for path in files for parent in map(str, Path(path).parents) if parent != "."}
     return files | folders
@@ -71,10 +67,13 @@ def commands() -> list[str]:
 
 @functools.cache
 def help_of(script: str) -> str:
-    """What a script prints with ``--help``; each is started once."""
-    return subprocess.run(
-        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
+    """What a script prints with ``--help``; each is run once, in this process."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as shown:
+        patch.setattr(sys, "argv", [script, "--help"])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert ended.value.code == 0
+    return shown.getvalue()
 
 
 def written_configs() -> set[str]:

@@ -1,8 +1,10 @@
-"""Dry runs: all recipes on up to 1,024 ranks, and small layouts beside what real ranks build."""
+"""Dry runs: recipes on up to 1,024 ranks, and what is refused; they move nothing and need no other rank."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ import pytest
 
 from examples import pretrain_gpt
 from megatron_hyperp import arguments, device
+from megatron_hyperp.errors import UsageError
 from megatron_hyperp.hardware import GPUS
 from megatron_hyperp.planning.layouts import Cluster, layouts
 from megatron_hyperp.planning.plan import with_vocabulary
-from tests.run_distributed import run_distributed
-from tests.toy import MOE, SMALL, TP2SP
+from megatron_hyperp.training.dry_run import build_rank, dry_run
+from tests.toy import MOE, SMALL
 
 FOLDER = Path(__file__).parents[2] / "examples" / "configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
@@ -22,162 +25,49 @@ WORLDS = (8, 64, 256, 1024)
 # The smallest and the largest of the paper's models; the planner takes seconds for each model on many GPUs.
 ENDS = ("dense_d8", "dense_d24", "moe_d8", "moe_d24")
 
-LAYOUTS = {
-    "one rank": (1, "--bf16 --momentum-dtype bf16"),
-    "one rank, tied, components": (1, "--no-untie-embeddings-and-output-weights --matrix-split component"),
-    "one rank, experts": (1, MOE),
-    "DP2": (2, "--bf16"),
-    "DP2, adamw": (2, "--optimizer adamw"),
-    "DP2, experts": (2, MOE),
-    "TP2, experts": (2, f"{MOE} {TP2SP}"),
-    "PP2, interleaved": (2, "--pipeline-model-parallel-size 2 --num-virtual-stages-per-pipeline-rank 2"),
-    "EP2": (2, f"{MOE} --expert-model-parallel-size 2"),
-}
 EIGHT = f"{SMALL} {MOE} --pipeline-model-parallel-size 2 --expert-model-parallel-size 2"
 
 
-def runs(worlds: tuple[int, ...], names: tuple[str, ...] | list[str]) -> list[tuple[str, int]]:
-    """Recipes with a number of GPUs; the quickstarts' batches are for few."""
-    return [(name, gpus) for name in names for gpus in worlds if gpus == 8 or "quickstart" not in name]
+def recipes() -> Iterator[Any]:
+    """Recipes with a number of GPUs, marked by the time that they take; the quickstarts' batches are for few."""
+    for name in NAMES:
+        for gpus in WORLDS:
+            if gpus > 8 and "quickstart" in name:
+                continue
+            quick = gpus == 8 and (not name.startswith("moe") or name in ENDS)
+            if quick or (gpus == 1024 and name == "moe_d8"):
+                yield name, gpus
+            else:
+                matrix = gpus <= 64 or name in ENDS
+                yield pytest.param(name, gpus, marks=pytest.mark.matrix if matrix else pytest.mark.slow)
 
 
-SHORT = [*runs((8, 64), NAMES), *runs((256, 1024), ENDS)]
-LONG = [pair for pair in runs(WORLDS, NAMES) if pair not in SHORT]
-
-
-def rehearse(pairs: list[tuple[str, int]]) -> dict[tuple[str, int], tuple[str, str]]:
-    """Dry-run recipes at the layouts that the planner would take; return those layouts' titles and what is printed."""
-    from megatron_hyperp.training.dry_run import dry_run
-
-    found = {}
-    for name, gpus in pairs:
-        cluster = Cluster(GPUS["H100"], gpus)
-        with device.planning_for("cuda"):
-            [layout, *_], _ = layouts(with_vocabulary(arguments.load_yaml(FOLDER / f"{name}.yaml")), cluster)
-        printed: list[str] = []
-        dry_run(layout.config, cluster, rank=None, log=printed.append)
-        found[name, gpus] = layout.describe(), "\n".join(printed)
-    return found
-
-
-def check(found: dict[tuple[str, int], tuple[str, str]]) -> None:
-    for (name, gpus), (title, text) in found.items():
-        assert f"layout         {title}: divides" in text, name
-        assert f"rank 0 of {gpus}, on node 0: tensor 0 of " in text
-        # Both ends of a pipeline.
-        last = f"rank {gpus - 1} of {gpus}, on node {(gpus - 1) // 8}: "
-        assert (last in text) == ("PP" in title)
-        assert text.count("decoder.final_layernorm.weight") == 1
-        for words in ("fits into 71.1 GiB", "sent by a GPU in a step", "max/mean", " hours on ", "padding"):
-            assert words in text, (name, gpus, words)
-        assert "DOES NOT FIT" not in text
-
-
-def test_recipes_on_up_to_1024_ranks() -> None:
-    [found] = run_distributed(rehearse, 1, SHORT)
-    assert set(found) == set(SHORT)
-    check(found)
-
-
-@pytest.mark.slow
-def test_recipes_of_the_other_depths_on_up_to_1024_ranks() -> None:
-    [found] = run_distributed(rehearse, 1, LONG)
-    check(found)
-
-
-def config_of(flags: str, ranks: int) -> Any:
-    return arguments.parse(f"{SMALL} {flags}".split(), description="").resolve(world_size=ranks)
-
-
-def build_really(ranks: int) -> dict[str, tuple[Any, ...]]:
-    """What ranks of gloo build, at the costs of CUDA."""
-    from megatron.core import parallel_state
-
-    from megatron_hyperp.model.build import build_balance
-    from megatron_hyperp.parameters import named_parameters
-    from megatron_hyperp.training.dry_run import ownership
-    from megatron_hyperp.training.setup import build, initialize_megatron
-
-    device.adapt_megatron()
-    device.init_process_group(1)
-    result = {}
-    for title, (count, flags) in LAYOUTS.items():
-        if count != ranks:
-            continue
-        config, report = config_of(flags, ranks), []
-        initialize_megatron(config)
-        with device.planning_for("cuda"):
-            chunks, optimizer = build(config, build_balance(config), log=report.append)
-        tensors: list[Any] = [parameter for chunk in chunks for parameter in chunk.module.parameters()]
-        tensors += [parameter.main_grad for parameter in tensors]
-        for bucket in optimizer.exchange.buckets:
-            tensors += [bucket.weights, bucket.gradients]
-        storages = {item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() for item in tensors}
-        result[title] = (
-            {name: tuple(value.shape) for chunk in chunks for name, value in named_parameters(chunk)},
-            sum(storages.values()),
-            optimizer.state_bytes(),
-            ownership(optimizer.domains),
-            report,
-        )
-        parallel_state.destroy_model_parallel()
-    return result
-
-
-def build_dryly() -> dict[tuple[str, int], tuple[Any, ...]]:
-    """The same, by dry runs."""
-    from megatron_hyperp.training.dry_run import build_rank
-
-    result = {}
-    for title, (count, flags) in LAYOUTS.items():
-        for rank in range(count):
-            built = build_rank(config_of(flags, count), count, rank)
-            memory = built.memory
-            result[title, rank] = (
-                built.shapes,
-                memory.weights + memory.gradients,
-                memory.master + memory.momentum,
-                built.ownership,
-                built.report,
-            )
-    return result
+@pytest.mark.parametrize(("name", "gpus"), recipes())
+def test_recipes_on_up_to_1024_ranks(name: str, gpus: int) -> None:
+    """Dry runs at the layouts that the planner would take."""
+    cluster, printed = Cluster(GPUS["H100"], gpus), list[str]()
+    with device.planning_for("cuda"):
+        [layout, *_], _ = layouts(with_vocabulary(arguments.load_yaml(FOLDER / f"{name}.yaml")), cluster)
+    dry_run(layout.config, cluster, rank=None, log=printed.append)
+    title, text = layout.describe(), "\n".join(printed)
+    assert f"layout         {title}: divides" in text
+    assert f"rank 0 of {gpus}, on node 0: tensor 0 of " in text
+    # Both ends of a pipeline.
+    last = f"rank {gpus - 1} of {gpus}, on node {(gpus - 1) // 8}: "
+    assert (last in text) == ("PP" in title)
+    assert text.count("decoder.final_layernorm.weight") == 1
+    for words in ("fits into 71.1 GiB", "sent by a GPU in a step", "max/mean", " hours on ", "padding"):
+        assert words in text
+    assert "DOES NOT FIT" not in text
 
 
 def build_eight() -> list[Any]:
-    from megatron_hyperp.training.dry_run import build_rank
-
     config = arguments.parse(EIGHT.split(), description="").resolve(world_size=8)
     return [build_rank(config, 8, rank) for rank in range(8)]
 
 
-def dry() -> tuple[Any, ...]:
-    """All that needs no real ranks, in one process."""
-    return build_dryly(), build_eight(), refusals()
-
-
-@pytest.fixture(scope="module")
-def built() -> tuple[Any, ...]:
-    [result] = run_distributed(dry, 1)
-    return result
-
-
-@pytest.fixture(scope="module")
-def real() -> dict[int, list[dict[str, tuple[Any, ...]]]]:
-    return {ranks: run_distributed(build_really, ranks, ranks) for ranks in (1, 2)}
-
-
-@pytest.mark.parametrize("title", LAYOUTS)
-def test_a_dry_run_builds_what_a_real_one_builds(
-    title: str, built: tuple[Any, ...], real: dict[int, list[dict[str, tuple[Any, ...]]]]
-) -> None:
-    """Parameters, bytes of weights and gradients and of state, owners, and every line that the optimizer prints."""
-    ranks, _ = LAYOUTS[title]
-    for rank in range(ranks):
-        assert built[0][title, rank] == real[ranks][rank][title]
-
-
-def test_the_ranks_of_a_job_own_the_model_once(built: tuple[Any, ...]) -> None:
-    _, ranks, _ = built
+def test_the_ranks_of_a_job_own_the_model_once() -> None:
+    ranks = build_eight()
     whole = {name: shape for rank in ranks for name, shape in rank.shapes.items()}
     assert sum(rank.memory.master for rank in ranks) == 4 * sum(math.prod(shape) for shape in whole.values())
     assert [rank.coordinates["pipeline"] for rank in ranks] == [(0, 2)] * 4 + [(1, 2)] * 4
@@ -197,24 +87,12 @@ REFUSED = {
 }
 
 
-def refusals() -> dict[str, str]:
-    """What dry runs on eight ranks say of layouts that do not divide, and of other knobs that cannot be."""
-    from megatron_hyperp.errors import UsageError
-    from megatron_hyperp.training.dry_run import dry_run
-
-    result = {}
-    for flags in REFUSED:
-        config = arguments.parse(f"{SMALL} {flags}".split(), description="")
-        try:
-            dry_run(config, Cluster(GPUS["H100"], 8), rank=0, log=print)
-        except UsageError as error:
-            result[flags] = str(error)
-    return result
-
-
 @pytest.mark.parametrize("flags", REFUSED)
-def test_what_does_not_divide_is_refused(flags: str, built: tuple[Any, ...]) -> None:
-    assert REFUSED[flags] in built[2][flags]
+def test_what_does_not_divide_is_refused(flags: str) -> None:
+    """Dry runs on eight ranks of layouts that do not divide, and with other knobs that cannot be."""
+    config = arguments.parse(f"{SMALL} {flags}".split(), description="")
+    with pytest.raises(UsageError, match=re.escape(REFUSED[flags])):
+        dry_run(config, Cluster(GPUS["H100"], 8), rank=0, log=print)
 
 
 @pytest.mark.parametrize(

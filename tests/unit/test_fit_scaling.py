@@ -6,8 +6,6 @@ import csv
 import json
 import math
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,8 @@ from typing import Any
 import pytest
 
 from megatron_hyperp import arguments
-from megatron_hyperp.errors import run_command
 from megatron_hyperp.scaling.groups import group_runs, matching, read_runs
+from tests.commands import run_here
 from tools.fit_scaling import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -238,10 +236,9 @@ def test_the_base_takes_batch_and_width_from_the_file(
 
 
 def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as caught:
-        run_command(main, argv)
-    assert caught.value.code == 2
-    (line,) = capsys.readouterr().err.splitlines()
+    done = run_here(main, *argv, capsys=capsys)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
     return line.removeprefix("error: ")
 
 
@@ -313,12 +310,9 @@ def test_files_that_are_refused(content: str, message: str, tmp_path: Path, caps
     assert re.search(message, line), line
 
 
-def test_the_command_line_itself(tmp_path: Path) -> None:
-    words = [sys.executable, ROOT / "tools" / "fit_scaling.py", "lr", "--csv", tmp_path / "absent.csv"]
-    process = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert (process.returncode, process.stdout) == (2, "")
-    (line,) = process.stderr.splitlines()
-    assert line.startswith(f"error: {tmp_path / 'absent.csv'} cannot be read as CSV ([Errno 2] No such file")
+def test_a_table_that_is_absent_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(["lr", "--csv", str(tmp_path / "absent.csv")], capsys)
+    assert line.startswith(f"{tmp_path / 'absent.csv'} cannot be read as CSV ([Errno 2] No such file")
 
 
 def test_a_width_law_needs_a_width(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

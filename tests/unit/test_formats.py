@@ -506,7 +506,7 @@ def test_a_text_file_that_is_not_utf8_is_one_bad_line(tmp_path: Path) -> None:
 
 def test_the_python_corpus_is_read_as_it_is() -> None:
     """Also the files that look like JSON or CSV."""
-    corpus = open_corpus("--python-corpus", "--max-bytes", "5MB")
+    corpus = open_corpus("--python-corpus", "--max-bytes", "2MB")
     contents = [source.path.read_bytes().decode() for source in corpus.sources.read]
     assert [document.text for document in corpus] == contents
     assert {source.format for source in corpus.sources.read} == {"text"}

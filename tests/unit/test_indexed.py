@@ -6,14 +6,9 @@ import gzip
 import itertools
 import json
 import os
-import re
-import signal
 import struct
 import subprocess
-import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +24,7 @@ from megatron_hyperp.data.indexed import (
 )
 from megatron_hyperp.data.tokenizer import NullTokenizer, load_tokenizer, train_sentencepiece
 from megatron_hyperp.errors import UsageError
+from tests.commands import run_here
 from tools import preprocess_data, train_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -48,17 +44,6 @@ def read_documents(prefix: Path) -> list[list[int]]:
     dataset = IndexedDataset(str(prefix))
     assert dataset.document_indices.tolist() == list(range(len(dataset) + 1))
     return [dataset[number].tolist() for number in range(len(dataset))]
-
-
-def run_tool(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, ROOT / "tools" / name, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
 
 
 def check_one_error_line(process: subprocess.CompletedProcess[str], message: str) -> None:
@@ -103,22 +88,6 @@ def test_token_ids_are_stored_by_the_vocabulary(tmp_path: Path, vocab_size: int,
     assert check_vocabulary(tmp_path / "corpus", vocab_size) == vocab_size - 1
 
 
-def test_files_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
-    documents = numbers(400, length=1000)  # several batches
-    for workers in (1, 2, 3):
-        write_corpus(documents, tmp_path / str(workers), TOKENIZER, workers=workers)
-    for suffix in (".bin", ".idx"):
-        assert len({(tmp_path / f"{workers}{suffix}").read_bytes() for workers in (1, 2, 3)}) == 1
-    assert check_prefix(tmp_path / "1").num_documents == 400
-
-
-def test_an_error_in_a_worker_leaves_nothing(tmp_path: Path) -> None:
-    documents = itertools.chain(numbers(400, length=1000), [Document("1 nonsense", 10)])
-    with pytest.raises(UsageError, match="'nonsense' is not a token id"):
-        write_corpus(documents, tmp_path / "corpus", TOKENIZER, workers=2)
-    assert not list(tmp_path.iterdir())
-
-
 def test_existing_files_are_kept_unless_told(prefix: Path) -> None:
     before = read_documents(prefix)
     with pytest.raises(UsageError, match=r"corpus\.bin exists; pass --overwrite"):
@@ -135,51 +104,6 @@ def test_nothing_to_write_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be written"):
         write_corpus(numbers(1), tmp_path / "file" / "corpus", TOKENIZER)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_killed_run_leaves_no_prefix_and_no_workers(tmp_path: Path) -> None:
-    script = (
-        "import itertools, os, sys, time\n"
-        "from megatron_hyperp.data.corpus import Document\n"
-        "from megatron_hyperp.data.indexed import write_corpus\n"
-        "from megatron_hyperp.data.tokenizer import NullTokenizer\n"
-        "documents = (Document('1 ' * 100_000, 200_000) for _ in itertools.count())\n"
-        "write_corpus(documents, sys.argv[1], NullTokenizer(10), workers=2)\n"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path / "corpus")],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        start_new_session=True,
-    )
-    temporary = tmp_path / "corpus.bin.tmp"
-    wait_until(lambda: temporary.exists() and temporary.stat().st_size > 0)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert [path.name for path in tmp_path.iterdir()] == ["corpus.bin.tmp"]
-    wait_until(lambda: not session_members(process.pid))
-    # The next run is not disturbed by what is left.
-    write_corpus(numbers(3), tmp_path / "corpus", TOKENIZER)
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["corpus.bin", "corpus.idx", "corpus.settings.json"]
-
-
-def wait_until(condition, seconds: float = 30.0) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "condition not met in time"
-        time.sleep(0.05)
-
-
-def session_members(session: int) -> list[int]:
-    members = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, _, its_session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-        except (OSError, ValueError):
-            continue
-        if int(its_session) == session and state != "Z":
-            members.append(int(folder.name))
-    return members
 
 
 # Checking
@@ -294,18 +218,17 @@ def test_large_data_is_sampled_at_both_ends(tmp_path: Path, place: int) -> None:
 # Command lines
 
 
-def test_command_lines_from_text_to_prefix(tmp_path: Path) -> None:
+def test_command_lines_from_text_to_prefix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "data.jsonl"
     source.write_text("".join(json.dumps({"body": f"def f{n}(x): return x + {n}\n"}) + "\n" for n in range(200)))
     options = ("--input", source, "--json-key", "body")
-    trained = run_tool("train_tokenizer.py", *options, "--vocab-size", 300, "--output", tmp_path / "tok")
+    flags = (*options, "--vocab-size", 300, "--output", tmp_path / "tok")
+    trained = run_here(train_tokenizer.main, *flags, capsys=capsys)
     assert trained.returncode == 0, trained.stderr
     assert "200 documents" in trained.stdout
     assert "300 tokens" in trained.stdout
-    written = run_tool(
-        "preprocess_data.py", *options, "--limit", 50, "--tokenizer", tmp_path / "tok.model",
-        "--output-prefix", tmp_path / "out" / "corpus", "--workers", 2,
-    )  # fmt: skip
+    flags = (*options, "--limit", 50, "--tokenizer", tmp_path / "tok.model", "--workers", 1)
+    written = run_here(preprocess_data.main, *flags, "--output-prefix", tmp_path / "out" / "corpus", capsys=capsys)
     assert (written.returncode, written.stderr) == (0, "")
     info = check_prefix(tmp_path / "out" / "corpus")
     assert info.num_documents == 50
@@ -314,11 +237,11 @@ def test_command_lines_from_text_to_prefix(tmp_path: Path) -> None:
     assert f"wrote {tmp_path}/out/corpus.bin and {tmp_path}/out/corpus.idx" in written.stdout
 
 
-def test_command_lines_refuse_in_one_line(tmp_path: Path, prefix: Path) -> None:
+def test_command_lines_refuse_in_one_line(tmp_path: Path, prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "data.txt"
     text.write_text("1 2 3")
     (tmp_path / "bad.model").write_text("nonsense")
-    good = {"--input": text, "--tokenizer": "null:10", "--output-prefix": tmp_path / "new"}
+    good = {"--input": text, "--tokenizer": "null:10", "--output-prefix": tmp_path / "new", "--workers": 1}
     cases: list[tuple[dict[str, object], str]] = [
         ({"--input": tmp_path / "absent"}, "absent does not exist"),
         ({"--tokenizer": tmp_path / "bad.model"}, "bad.model is not a whole SentencePiece model"),
@@ -331,32 +254,11 @@ def test_command_lines_refuse_in_one_line(tmp_path: Path, prefix: Path) -> None:
     ]
     for change, message in cases:
         arguments = itertools.chain.from_iterable((good | change).items())
-        check_one_error_line(run_tool("preprocess_data.py", *arguments), message)
+        check_one_error_line(run_here(preprocess_data.main, *arguments, capsys=capsys), message)
     assert not (tmp_path / "new.bin").exists()
-    trained = run_tool("train_tokenizer.py", "--input", text, "--vocab-size", 9000, "--output", tmp_path / "tok")
+    flags = ("--input", text, "--vocab-size", 9000, "--output", tmp_path / "tok")
+    trained = run_here(train_tokenizer.main, *flags, capsys=capsys)
     check_one_error_line(trained, "a vocabulary of 9000 cannot be trained")
-
-
-def test_the_corpus_of_a_folder_is_the_same_for_any_number_of_workers(tmp_path: Path, capsys: Any) -> None:
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    lines = "".join(json.dumps({"text": document.text}) + "\n" for document in numbers(3000, length=200))
-    (folder / "b").write_bytes(gzip.compress(lines.encode()) + gzip.compress(b'{"text": null}\n'))
-    (folder / "a.csv").write_text("id,text\nx,1 2\n")
-    (folder / "README.md").write_text("# no token ids")
-    words = ["--input", str(folder), "--tokenizer", "null:1000", "--skip-bad-lines", "1"]
-    for workers in ("1", "2"):
-        preprocess_data.main([*words, "--output-prefix", str(tmp_path / workers), "--workers", workers])
-        printed = capsys.readouterr().out
-        assert "skipped 1 (1 plain text next to records: README.md)\n" in printed
-        assert re.search(r"\ncsv +1 +1 +0\.0\njsonl \(gzip\) +1 +3,000 +\d\.\d\n", printed)
-        assert re.search(r"\nleft out 1 bad line: \S+/b:3001 has no text .*\n3,001 documents, ", printed)
-    for suffix in (".bin", ".idx"):
-        assert (tmp_path / f"1{suffix}").read_bytes() == (tmp_path / f"2{suffix}").read_bytes()
-    (folder / "b").write_bytes((folder / "b").read_bytes()[:-30])
-    with pytest.raises(UsageError, match="b is truncated"):
-        preprocess_data.main([*words, "--output-prefix", str(tmp_path / "3"), "--workers", "2"])
-    assert not list(tmp_path.glob("3*"))
 
 
 def test_a_tokenizer_is_not_trained_on_part_of_its_texts(tmp_path: Path) -> None:
@@ -367,21 +269,9 @@ def test_a_tokenizer_is_not_trained_on_part_of_its_texts(tmp_path: Path) -> None
     assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
-def test_damaged_prefix_through_a_command_line(prefix: Path) -> None:
-    script = (
-        "import sys\n"
-        "from megatron_hyperp.data.indexed import check_vocabulary\n"
-        "from megatron_hyperp.errors import run_command\n"
-        "run_command(lambda argv: print(check_vocabulary(argv[0], int(argv[1]))), sys.argv[1:])\n"
-    )
+def test_damaged_prefix_through_a_command_line(prefix: Path, capsys: pytest.CaptureFixture[str]) -> None:
     whole = Path(f"{prefix}.idx").read_bytes()
     for vocabulary, index, message in ((9, whole, "token id"), (1000, whole[:-5], "corpus.idx holds")):
         Path(f"{prefix}.idx").write_bytes(index)
-        process = subprocess.run(
-            [sys.executable, "-c", script, str(prefix), str(vocabulary)],
-            capture_output=True,
-            text=True,
-            check=False,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-        )
-        check_one_error_line(process, message)
+        done = run_here(lambda argv: print(check_vocabulary(argv[0], int(argv[1]))), prefix, vocabulary, capsys=capsys)
+        check_one_error_line(done, message)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import csv
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from benchmarks.lr_transfer.plan import PRESETS, methods, parts, spec
 from benchmarks.lr_transfer.report import find, report
+from benchmarks.lr_transfer.run import main
+from megatron_hyperp.errors import UsageError
 from megatron_hyperp.scaling.spec import Spec
 from tests.toy import write_corpus
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = PRESETS["cpu"]
 OPTIMUM = {"hyperp": 0.05, "adamw": 0.004}
 
@@ -86,12 +85,11 @@ def test_report(tmp_path: Path) -> None:
     assert "| -2.00 |" in deepest
 
 
-def test_report_of_a_file(tmp_path: Path) -> None:
+def test_report_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_results(tmp_path / "results.csv")
-    words = [sys.executable, "benchmarks/lr_transfer/run.py", "--report-only", "--methods", "adamw", "--csv"]
-    shown = subprocess.run([*words, tmp_path / "results.csv"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert "### adamw" in shown.stdout
-    assert "hyperp" not in shown.stdout
-    missing = subprocess.run([*words, tmp_path / "none.csv"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert missing.returncode == 2
-    assert "leave --report-only out" in missing.stderr
+    main(["--report-only", "--methods", "adamw", "--csv", str(tmp_path / "results.csv")])
+    shown = capsys.readouterr().out
+    assert "### adamw" in shown
+    assert "hyperp" not in shown
+    with pytest.raises(UsageError, match="leave --report-only out"):
+        main(["--report-only", "--methods", "adamw", "--csv", str(tmp_path / "none.csv")])

@@ -10,10 +10,11 @@ import pytest
 
 from megatron_hyperp import arguments, device
 from megatron_hyperp.config import Config
-from megatron_hyperp.errors import EXIT_USAGE, UsageError, run_command
+from megatron_hyperp.errors import EXIT_USAGE, UsageError
 from megatron_hyperp.optim.orthogonalize import check_backend
 from megatron_hyperp.training import compatibility, preflight
 from megatron_hyperp.training.logging import CONFIG_FILE
+from tests.commands import run_here
 
 SMALL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --vocab-size 64 --seq-length 16"
@@ -150,10 +151,9 @@ def test_quack_without_cuda_is_refused_before_anything_is_read(
     def main(words: list[str]) -> None:
         preflight.check(arguments.parse(words, description=""), world_size=1)
 
-    with pytest.raises(SystemExit) as caught:
-        run_command(main, [*given.split(), "--ns-backend", "quack"])
-    assert caught.value.code == EXIT_USAGE
-    (line,) = capsys.readouterr().err.splitlines()
+    done = run_here(main, *given.split(), "--ns-backend", "quack", capsys=capsys)
+    assert done.returncode == EXIT_USAGE
+    (line,) = done.stderr.splitlines()
     assert line.startswith("error: --ns-backend quack: backend 'quack' needs a CUDA device")
     assert line.endswith("or take backend 'torch'")
     assert not list(tmp_path.iterdir())

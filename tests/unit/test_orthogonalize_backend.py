@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.optimizer_step import run as benchmark
 from megatron_hyperp import device
-from megatron_hyperp.errors import UsageError, run_command
+from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.orthogonalize import (
     QUACK_PACKAGE,
     NewtonSchulz,
@@ -25,6 +25,7 @@ from megatron_hyperp.optim.orthogonalize import (
     newton_schulz,
     symmetric_product,
 )
+from tests.commands import run_here
 
 ROOT = Path(__file__).parents[2]
 OR_TORCH = "or take backend 'torch'"
@@ -185,11 +186,9 @@ def test_flops_count_the_upper_triangle_of_tiles(kernel: Kernel) -> None:
 def test_benchmark_refuses_gpu_without_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(device, "has_cuda", lambda: False)
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(SystemExit) as ended:
-        run_command(benchmark.main, ["--gpu"])
-    assert ended.value.code == 2
+    done = run_here(benchmark.main, "--gpu", capsys=capsys)
     error = "error: --gpu needs a CUDA device, and there is none here; leave it out to time the ranks on CPU\n"
-    assert capsys.readouterr() == ("", error)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", error)
 
 
 def test_benchmark_table(kernel: Kernel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

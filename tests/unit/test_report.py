@@ -6,13 +6,13 @@ import html
 import json
 import math
 import re
-import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from megatron_hyperp import estimate
 from megatron_hyperp.errors import UsageError
@@ -20,9 +20,9 @@ from megatron_hyperp.reporting import figures, heatmaps, tables
 from megatron_hyperp.reporting.drawing import amount, colours, short, spread
 from megatron_hyperp.reporting.page import write
 from megatron_hyperp.reporting.runs import load_run, load_runs, summarize
+from tests.commands import run_here
 from tests.written_run import STEP_TOKENS, write_run
-
-ROOT = Path(__file__).resolve().parents[2]
+from tools.report import main
 
 
 def text_of(page: str) -> str:
@@ -33,6 +33,17 @@ def text_of(page: str) -> str:
 def cells(table: str) -> list[list[str]]:
     rows = re.findall(r"<tr.*?</tr>", table)
     return [[text_of(cell).strip() for cell in re.findall(r"<t[hd].*?</t[hd]>", row)] for row in rows]
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures are set up and not drawn, which takes seconds for a page."""
+
+    def savefig(self: Figure, output: Any, **_: Any) -> None:
+        content = b"\x89PNG"
+        output.write(content) if hasattr(output, "write") else Path(output).write_bytes(content)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
 
 
 def test_page_of_several_runs(tmp_path: Path) -> None:
@@ -197,6 +208,7 @@ def test_config_of_another_version(tmp_path: Path) -> None:
     assert "num_layers" in run.notes[0]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_files_cannot_inject_html(tmp_path: Path) -> None:
     evil = "<img src=x onerror=alert(1)>'\""
     folder = write_run(tmp_path / "<b>$x$")
@@ -229,24 +241,18 @@ def test_labels_are_moved_apart_within_the_panel() -> None:
     assert [amount(value) for value in (0.015, 999, 1500, 10.4e9)] == ["0.015", "999", "1.5K", "10.4B"]
 
 
-def tool(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/report.py", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def test_tool_writes_beside_the_run(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("undrawn")
+def test_tool_writes_beside_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_run(tmp_path / "a")
-    done = tool(folder)
+    done = run_here(main, folder, capsys=capsys)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert {path.name for path in folder.glob("report*")} == {"report.html", "report.png", "report-layers.png"}
     assert done.stdout.startswith("a: held-out loss 7.600")
 
 
-def test_tool_refuses_in_one_line(tmp_path: Path) -> None:
+def test_tool_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Each case raises what the command line prints; one of them is run as a command."""
-    from tools.report import main
-
     folder = write_run(tmp_path / "a")
     cases: dict[str, list[str]] = {
         "has no metrics.jsonl": [str(tmp_path / "nothing")],
@@ -260,7 +266,7 @@ def test_tool_refuses_in_one_line(tmp_path: Path) -> None:
         (folder / "metrics.jsonl").write_text(content, encoding="latin-1")
         with pytest.raises(UsageError, match=said):
             main([str(folder)])
-    refused = tool(folder)
+    refused = run_here(main, folder, capsys=capsys)
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: ")
     assert refused.stderr.count("\n") == 1

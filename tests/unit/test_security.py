@@ -1,4 +1,4 @@
-"""SECURITY.md's promises that no other test holds: words that no shell runs, permissions, names, pickled caches."""
+"""SECURITY.md's promises that no other test holds: permissions, names, pickled caches, calls that are not there."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import os
 import pickle
 import re
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,56 +18,10 @@ from megatron_hyperp import checksums
 from megatron_hyperp.data.datasets import _held_cache
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.scaling import slurm
-from tests.unit.test_scripts import JOB, MULTI, SINGLE, bash
+from tests.commands import run_here
+from tools import preprocess_data
 
 ROOT = Path(__file__).resolve().parents[2]
-# Words that a shell would act on, were they ever pasted into a line of it. {} is a file that must not appear.
-HOSTILE = [
-    "$(touch {})",
-    "`touch {}`",
-    "; touch {};",
-    "x\ntouch {}\n",
-    "' touch {} '",
-    '"; touch {} #',
-    "a b && touch {}",
-    "x|touch {}",
-]
-SMALL = ("--seq-length", "64", "--global-batch-size", "256")
-
-
-@pytest.mark.parametrize("script", [MULTI, *(pytest.param(script, marks=pytest.mark.slow) for script in (SINGLE, JOB))])
-def test_no_word_is_run_by_a_shell(script: str, tmp_path: Path) -> None:
-    """Every setting and flag at once: they reach torchrun as they are, which the dry run prints quoted."""
-    proof = tmp_path / "proof"
-    words = [word.format(proof) for word in HOSTILE]
-    flags = [part for word in words for part in ("--wandb-exp-name", word)]
-    folder = tmp_path / "a run; $(touch proof) 'x'"
-    settings = {"RUN_DIR": folder, "JOB_ID": words[0], "HEAD": words[1], "PORT": words[2], "NODE_ADDR": words[4]}
-    settings |= {"JOIN_TIMEOUT": words[3], "IS_HEAD": words[5], "MAX_RESTARTS": words[6], "SHUTDOWN_TIMEOUT": words[7]}
-    settings |= {"GPU": words[0], "CONTAINER_IMAGE": words[1], "CONTAINER_MOUNTS": words[2], "LAYOUT": "none"}
-    settings |= {"NNODES": "2", "NPROC_PER_NODE": "8", "DRY_RUN": "1", "CHAIN": words[5]}
-    done = bash(script, "examples/configs/quickstart.yaml", *SMALL, *flags, **settings)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert not proof.exists()
-    assert not (ROOT / "proof").exists()
-    # Printed as a shell would read it back: the very words.
-    line = done.stdout[: done.stdout.index("rank 0 of")]
-    for word in words[:2]:
-        assert (
-            subprocess.run(["bash", "-c", 'printf %q "$1"', "_", word], capture_output=True, text=True).stdout in line
-        )
-
-
-@pytest.mark.parametrize("name", ["NNODES", "NPROC_PER_NODE", "SLURM_JOB_NUM_NODES", "SLURM_JOB_ID"])
-def test_bash_reckons_with_numbers_alone(name: str, tmp_path: Path) -> None:
-    """``$((NNODES * 8))`` runs what NNODES holds, if that is ``a[$(...)]``."""
-    proof = tmp_path / "proof"
-    settings = {"NNODES": "2", "NPROC_PER_NODE": "8", "HEAD": "x", "DRY_RUN": "1", "LAYOUT": "none"}
-    settings |= {name: f"a[$(touch {proof})0]"}
-    done = bash(JOB, "examples/configs/quickstart.yaml", *SMALL, **settings)
-    assert not proof.exists()
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "set it to a whole number" in done.stderr
 
 
 def test_a_job_array_is_words() -> None:
@@ -152,18 +104,17 @@ def test_messages_write_to_no_terminal() -> None:
     assert len(str(UsageError("x" * 10**6))) < 5000
 
 
-def test_what_a_command_writes_is_not_writable_to_all(tmp_path: Path) -> None:
+def test_what_a_command_writes_is_not_writable_to_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Even where the umask lets everyone: of others' bits, that of writing is taken away."""
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("1 2 3\n")
-    words = ["tools/preprocess_data.py", "--input", str(tmp_path / "texts"), "--tokenizer", "null:8"]
-    subprocess.run(
-        [sys.executable, *words, "--output-prefix", str(tmp_path / "new" / "toy")],
-        cwd=ROOT,
-        check=True,
-        capture_output=True,
-        preexec_fn=lambda: os.umask(0),
-    )
+    words = ["--input", tmp_path / "texts", "--tokenizer", "null:8", "--workers", 1]
+    words += ["--output-prefix", tmp_path / "new" / "toy"]
+    before = os.umask(0)
+    try:
+        assert run_here(preprocess_data.main, *words, capsys=capsys).returncode == 0
+    finally:
+        os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new").iterdir()}
     assert modes == {f"toy.{suffix}": 0o664 for suffix in ("bin", "checksums.json", "idx", "settings.json")}
     assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o775

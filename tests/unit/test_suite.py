@@ -25,3 +25,16 @@ import pytest
 def test_a_unit_test_that_starts_a_process_fails(start: Callable[[], object]) -> None:
     with pytest.raises(AssertionError, match="a unit test starts no process"):
         start()
+
+
+@pytest.fixture(scope="module")
+def started() -> str:
+    try:
+        subprocess.run([sys.executable, "-c", "pass"], check=True)
+    except AssertionError as error:
+        return str(error)
+    return "it started"
+
+
+def test_a_fixture_of_a_module_starts_none_either(started: str) -> None:
+    assert started.startswith("a unit test starts no process")

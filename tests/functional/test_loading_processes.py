@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -60,6 +61,14 @@ def test_a_socket_that_closes_before_its_process_has_ended(
     with pytest.raises(error):
         next(batches(Samples(), micro_batch_size=1, num_workers=1))
     process.kill()
+
+
+def test_processes_keep_the_order() -> None:
+    options: dict[str, Any] = {"micro_batch_size": 4, "consumed_samples": 4, "num_batches": 10}
+    plain, parallel = (list(batches(Samples(), num_workers=number, **options)) for number in (0, 2))
+    assert len(plain) == 10
+    for left, right in zip(plain, parallel, strict=True):
+        assert torch.equal(left["tokens"], right["tokens"])
 
 
 def test_an_error_in_a_process_keeps_its_message() -> None:

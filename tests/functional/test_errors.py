@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_hyperp.errors import SECONDS_FOR_RANK_0
-
 ROOT = Path(__file__).parents[2]
 ALONE, TOGETHER = "UsageError('no good')", "UsageError('no good', same_on_all_ranks=True)"
 
@@ -63,7 +61,8 @@ def test_usage_error_is_one_line(error: str, rank: int | None, stderr: str) -> N
 
 
 def test_a_slow_rank_0_still_prints_under_a_launcher(tmp_path: Path) -> None:
-    (tmp_path / "tool.py").write_text(script(f"time.sleep(os.environ['RANK'] == '0'); raise {TOGETHER}"))
+    body = f"errors.SECONDS_FOR_RANK_0 = 60.0; time.sleep(os.environ['RANK'] == '0'); raise {TOGETHER}"
+    (tmp_path / "tool.py").write_text(script(body))
     started = time.monotonic()
     process = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "tool.py"],
@@ -72,7 +71,8 @@ def test_a_slow_rank_0_still_prints_under_a_launcher(tmp_path: Path) -> None:
         check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
-    assert time.monotonic() - started < SECONDS_FOR_RANK_0
+    # Importing torchrun takes seconds, too, of a busy machine.
+    assert time.monotonic() - started < 60.0
     assert process.returncode != 0
     assert process.stderr.splitlines().count("error: no good") == 1
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import csv
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from benchmarks.moe_granularity.run import main
 from benchmarks.moe_granularity.tables import slope, vertex
+from tests.functional.launch import run_benchmark
 
-ROOT = Path(__file__).resolve().parents[2]
 # The square of a wide sum of uncorrelated terms has its expected value but for 1/sqrt(numbers that are averaged).
 CONSTANT = 0.05
 # Top-k gates are not quite equal: their squares sum to up to 1.15/K, which takes up to 0.03 off the slope of -1/2.
@@ -25,9 +23,7 @@ WORDS = ("gate", "shared")
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float | str]]:
     folder = tmp_path_factory.mktemp("granularity")
-    words = [sys.executable, "benchmarks/moe_granularity/run.py", "--quick", "--parts", "start", "--output", folder]
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    run_benchmark(main, "--quick", "--parts", "start", "--output", folder)
     assert (folder / "granularity.png").stat().st_size > 10_000
     with (folder / "start.csv").open() as stream:
         return [{k: v if k in WORDS else float(v) for k, v in row.items()} for row in csv.DictReader(stream)]
