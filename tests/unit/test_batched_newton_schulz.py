@@ -21,7 +21,7 @@ LARGE_SHAPES = [(21, 512, 128), (7, 256, 1024), (5, 512, 512), (70, 128, 128)]
 LARGE_ODD_SHAPES = [(9, 513, 515)]
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, pytest.param(2, marks=pytest.mark.matrix)])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)

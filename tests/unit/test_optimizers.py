@@ -159,7 +159,8 @@ def test_adamh_equals_the_float64_reference() -> None:
     assert relative_difference(weight, expected) < tolerances.OPTIMIZER_FP32
 
 
-@pytest.mark.parametrize("weight_dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_weights_stay_on_the_sphere_for_two_thousand_steps(weight_dtype: torch.dtype) -> None:
     shape = (24, 40)
     weight = parameter(initial(shape, 5.0), weight_dtype)
@@ -377,7 +378,8 @@ def test_a_step_does_not_depend_on_the_size_of_the_gradient(
         assert norm == pytest.approx(muonh_radius(16), rel=1e-6), power
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.matrix)])
+@pytest.mark.matrix
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_stay_finite_long_after_the_last_gradient(dtype: torch.dtype) -> None:
     """A dead expert's: momentum falls through the denormal numbers, the step stays the same fraction of the radius."""
     weight = parameter(initial((16, 24), muonh_radius(16)))

@@ -75,7 +75,7 @@ def test_figures_that_the_paper_prints(capsys: pytest.CaptureFixture[str]) -> No
     "flags",
     [
         "--depth 8 --gpus 8 --bf16",
-        "--depth 24 --gpus 64 --bf16 --gpu A100",
+        pytest.param("--depth 24 --gpus 64 --bf16 --gpu A100", marks=pytest.mark.matrix),
         "--depth 12 --gpus 8 --bf16 --moe-sparsity 8 --moe-topk 8 --num-experts 64",
         "--depth 8 --gpus 16 --optimizer adamw --tensor-model-parallel-size 2",
     ],
