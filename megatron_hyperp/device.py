@@ -14,7 +14,7 @@ import torch
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.hardware import GPUS, Gpu
 from megatron_hyperp.launch import launch
-from megatron_hyperp.megatron_compat import adapter, cpu, schedules
+from megatron_hyperp.megatron_compat import adapter, cpu
 from megatron_hyperp.rendezvous import meet
 
 _CPU = torch.device("cpu")
@@ -149,6 +149,8 @@ def megatron_settings(virtual_stages: int = 1) -> dict[str, Any]:
     Args:
         virtual_stages: pipeline chunks of a rank.
     """
+    from megatron_hyperp.megatron_compat import schedules
+
     # An output is freed as soon as its send has started. Streams order that under CUDA; gloo may still be reading it.
     frees = has_cuda() and schedules.frees_pipeline_outputs(virtual_stages)
     return {"use_cpu_initialization": not has_cuda(), "deallocate_pipeline_outputs": frees}

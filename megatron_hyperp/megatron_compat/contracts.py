@@ -27,7 +27,7 @@ class Contract:
             where it is overridden here.
         keywords: further parameters, passed or received by keyword.
         first: version of Megatron-Core that has it first; None for all that are supported.
-        last: and last.
+        until: version that no longer has it, or no longer this contract.
         confined: whether no module outside this package may import it. Private names are always confined.
     """
 
@@ -36,7 +36,7 @@ class Contract:
     passed: tuple[str, ...] = ()
     keywords: tuple[str, ...] = ()
     first: str | None = None
-    last: str | None = None
+    until: str | None = None
     confined: bool = True
 
     @property
@@ -44,14 +44,13 @@ class Contract:
         """Whether the installed Megatron-Core is one of those versions."""
         release = Version(megatron_core_version.base_version)
         after = self.first is None or release >= Version(self.first)
-        return after and (self.last is None or release <= Version(self.last))
+        return after and (self.until is None or release < Version(self.until))
 
     @property
     def versions(self) -> str:
         """Versions of Megatron-Core, in words."""
-        if self.first is None:
-            return "all" if self.last is None else f"up to {self.last}"
-        return f"from {self.first} on" if self.last is None else f"{self.first} to {self.last}"
+        bounds = [f"from {self.first}"] * (self.first is not None) + [f"before {self.until}"] * (self.until is not None)
+        return ", ".join(bounds) or "all"
 
     def find(self) -> Any:
         """Return what the name stands for.
@@ -178,9 +177,9 @@ EXPERTS = (
             passed=("activation", "aux_loss_coeff", "aux_loss", "aux_loss_name", "reduce_group"),
             keywords=(flag, "valid_token_count"),
             first=first,
-            last=last,
+            until=until,
         )
-        for flag, first, last in (("reduce_group_has_dp", None, "0.17.1"), ("needs_dp_avg", "0.18", None))
+        for flag, first, until in (("reduce_group_has_dp", None, "0.18"), ("needs_dp_avg", "0.18", None))
     ),
     Contract(
         f"{_MOE}.moe_utils.compute_routing_scores_for_aux_loss",
@@ -209,7 +208,7 @@ EXPERTS = (
         f"{_CORE}.transformer.mlp.MLPSubmodules",
         "layers of a rank's experts",
         keywords=("linear_fc1", "linear_fc2"),
-        last="0.16.1",
+        until="0.17",
     ),
     Contract(
         f"{_MOE}.experts.GroupedMLPSubmodules",

@@ -80,7 +80,8 @@ def adapt_torch() -> None:
             setattr(module, name, replacement)
     cuda.default_generators = _Generators()
     # Megatron-Core's module has imported both names.
-    for module in (cuda, importlib.import_module("megatron.core.tensor_parallel.random")):
+    random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
+    for module in (cuda, random):
         module._lazy_init = lambda: None
         module._lazy_call = lambda function, **_: function()
 

@@ -72,7 +72,7 @@ class Router(TopKRouter):  # type: ignore[misc]  # Megatron-Core has no types
     ) -> torch.Tensor:
         """Attach a loss without logging it: Megatron-Core's log would grow, and nothing here reads it.
 
-        What else is passed says how to log: ``reduce_group_has_dp`` up to 0.17, from 0.18 on its opposite
+        What else is passed says how to log: ``reduce_group_has_dp`` before 0.18, then its opposite
         ``needs_dp_avg``, and the number of tokens.
         """
         return self.attach_loss(activation, aux_loss, reduce_group)

@@ -86,7 +86,7 @@ def test_a_contract_says_what_is_missing() -> None:
 def test_versions_of_a_contract(monkeypatch: pytest.MonkeyPatch) -> None:
     for version, applies in (("0.16.1", False), ("0.17.1", True), ("0.18.0rc1", True), ("0.19", False)):
         monkeypatch.setattr(contracts, "megatron_core_version", Version(version))
-        assert contracts.Contract("x", "", first="0.17", last="0.18.2").applies is applies
+        assert contracts.Contract("x", "", first="0.17", until="0.19").applies is applies
 
 
 def test_the_page_has_the_table() -> None:
