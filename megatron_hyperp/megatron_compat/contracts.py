@@ -252,7 +252,39 @@ MODEL = (
     ),
 )
 
-CONTRACTS: tuple[Contract, ...] = (*MODEL, *EXPERTS, *TORCH, *CPU)
+_CHECKPOINTS = f"{_CORE}.dist_checkpointing"
+
+CHECKPOINTS = (
+    Contract(
+        f"{_CHECKPOINTS}.save",
+        "writes checkpoints",
+        passed=("sharded_state_dict", "checkpoint_dir"),
+        keywords=("async_sharded_save",),
+    ),
+    Contract(
+        f"{_CHECKPOINTS}.save",
+        "writes checkpoints; told not to leave it to nvidia-resiliency-ext",
+        keywords=("async_strategy",),
+        first="0.17",
+    ),
+    Contract(f"{_CHECKPOINTS}.load", "reads checkpoints", passed=("sharded_state_dict", "checkpoint_dir")),
+    Contract(
+        f"{_CHECKPOINTS}.utils.extract_sharded_base",
+        "finds the state that all ranks share, for common.pt",
+        passed=("sharded_state_dict",),
+    ),
+    Contract(
+        f"{_CHECKPOINTS}.strategies.async_utils.AsyncCallsQueue",
+        "asynchronous saves: forks a writer for each",
+        keywords=("persistent",),
+    ),
+    Contract(
+        f"{_CHECKPOINTS}.strategies.filesystem_async._results_queue",
+        "replaced: writers report through a process that outlives signals",
+    ),
+)
+
+CONTRACTS: tuple[Contract, ...] = (*MODEL, *EXPERTS, *CHECKPOINTS, *TORCH, *CPU)
 
 
 def table() -> str:
