@@ -103,6 +103,7 @@ def test_cuda_is_the_cpu() -> None:
     with torch.cuda.stream(torch.cuda.Stream()):
         torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
     torch.cuda.Event().record()
+    assert type(torch.ones(1).type()) is str
 
 
 def test_random_state_of_cuda_is_the_cpus() -> None:
