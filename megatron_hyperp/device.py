@@ -1,20 +1,12 @@
-"""The one file that asks "CUDA or CPU?", and that lets Megatron-Core run on CPU with gloo.
-
-Megatron-Core names CUDA directly in many places. Where CUDA is absent, :func:`adapt_megatron` points those names at
-the CPU: "the current CUDA device" is the CPU, streams and events do nothing (a CPU runs in order), CUDA's random
-state is the CPU generator's. Under CUDA it changes nothing.
-"""
+"""The one file that asks "CUDA or CPU?"; ``megatron_compat`` makes Megatron-Core run on the CPU with gloo."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
 import functools
-import importlib
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,6 +14,7 @@ import torch
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.hardware import GPUS, Gpu
 from megatron_hyperp.launch import launch
+from megatron_hyperp.megatron_compat import adapter, cpu
 from megatron_hyperp.rendezvous import meet
 
 _CPU = torch.device("cpu")
@@ -63,8 +56,7 @@ def dry() -> Iterator[None]:
     On a machine with CUDA too, this adapts Megatron-Core to the CPU for the rest of the process.
     """
     global _dry
-    with torch.device("meta"):
-        torch.empty(0)  # torch notes now which functions obey it, and would not know the adapter's
+    cpu.remember_factories("meta")
     _dry = True
     try:
         adapt_megatron()
@@ -151,10 +143,17 @@ def peak_tflops() -> float | None:
     return known.tflops if known else None
 
 
-def megatron_settings() -> dict[str, Any]:
-    """TransformerConfig fields that depend on the device."""
+def megatron_settings(virtual_stages: int = 1) -> dict[str, Any]:
+    """TransformerConfig fields that depend on the device.
+
+    Args:
+        virtual_stages: pipeline chunks of a rank.
+    """
+    from megatron_hyperp.megatron_compat import schedules
+
     # An output is freed as soon as its send has started. Streams order that under CUDA; gloo may still be reading it.
-    return {"use_cpu_initialization": not has_cuda(), "deallocate_pipeline_outputs": has_cuda()}
+    frees = has_cuda() and schedules.frees_pipeline_outputs(virtual_stages)
+    return {"use_cpu_initialization": not has_cuda(), "deallocate_pipeline_outputs": frees}
 
 
 def overlaps(asked: bool | None) -> bool:
@@ -194,144 +193,5 @@ def init_process_group(timeout_minutes: float, run: str = "") -> None:
 
 @functools.cache
 def adapt_megatron() -> None:
-    """Make Megatron-Core run on this device; does nothing under CUDA. Call before building anything with it."""
-    _quiet_megatron()
-    if not has_cuda():
-        _adapt_torch()
-        _adapt_random()
-    _mend_experts()
-
-
-def _quiet_megatron() -> None:
-    """Silence notices that users can do nothing about: deprecations inside Megatron-Core and torch's collectives."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed.*")
-    for category in (FutureWarning, UserWarning, DeprecationWarning):
-        warnings.filterwarnings("ignore", category=category, module=r"megatron\.core.*")
-    logging.getLogger("megatron.core").setLevel(logging.ERROR)
-
-
-def _mend_experts() -> None:
-    """Mend two gaps of Megatron-Core's mixture of experts: without TransformerEngine, and on CPU."""
-    utilities: Any = importlib.import_module("megatron.core.transformer.moe.moe_utils")
-    dispatcher: Any = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
-    if not hasattr(utilities, "te_general_gemm"):
-        # Asked for before it is looked whether there is one.
-        utilities.te_general_gemm = None
-    if has_cuda():
-        return
-    original = utilities.maybe_move_tensor_to_cpu
-
-    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
-        # Split sizes have to be numbers; a tensor that is on the CPU already would stay one.
-        moved = original(tensor, as_numpy, record_stream)
-        return moved.numpy() if as_numpy and torch.is_tensor(moved) else moved
-
-    utilities.maybe_move_tensor_to_cpu = dispatcher.maybe_move_tensor_to_cpu = to_cpu
-
-
-class _Stream:
-    """A CUDA stream or event on a device that runs in order: there is nothing to wait for."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def _nothing(self, *_: Any, **__: Any) -> None: ...
-
-    wait_stream = wait_event = synchronize = record = wait = _nothing
-
-    def record_event(self, event: Any = None) -> Any:
-        return event or _Stream()
-
-    def query(self) -> bool:
-        return True
-
-    def elapsed_time(self, _: Any) -> float:
-        return 0.0
-
-
-class _TypeName(str):
-    """A tensor type's name that equals its CUDA namesake: Megatron-Core's optimizers compare such strings."""
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, str) and self._plain(self) == self._plain(other)
-
-    def __ne__(self, other: object) -> bool:
-        return not self == other
-
-    def __hash__(self) -> int:
-        return hash(self._plain(self))
-
-    @staticmethod
-    def _plain(name: str) -> str:
-        return str(name).replace("torch.cuda.", "torch.")
-
-
-def _adapt_torch() -> None:
-    cuda = torch.cuda
-    stream = _Stream()
-    replacements: list[tuple[Any, str, Callable[..., Any] | type]] = [
-        (cuda, "current_device", lambda: _CPU),
-        (cuda, "synchronize", lambda *_, **__: None),
-        (cuda, "empty_cache", lambda: None),
-        (cuda, "Stream", _Stream),
-        (cuda, "Event", _Stream),
-        (cuda, "current_stream", lambda *_, **__: stream),
-        (cuda, "default_stream", lambda *_, **__: stream),
-        (cuda, "stream", lambda *_: contextlib.nullcontext()),
-        (torch.Tensor, "record_stream", lambda self, _: None),
-        (torch.Tensor, "cuda", lambda self, *_, **__: self),
-        (torch.nn.Module, "cuda", lambda self, *_, **__: self),
-    ]
-    for owner, name, replacement in replacements:
-        setattr(owner, name, replacement)
-    # Contexts such as torch.device("meta") look at their first use which functions they apply to: the original ones.
-    with torch.device("cpu"):
-        torch.empty(0)
-    for name in ("tensor", "zeros", "ones", "empty", "full", "arange", "as_tensor"):
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
-    original_type = torch.Tensor.type
-
-    def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
-        if dtype is None:
-            return _TypeName(original_type(self))
-        return original_type(self, dtype, *args, **kwargs)
-
-    torch.Tensor.type = type_name  # type: ignore[method-assign,assignment]
-
-
-def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    """Wrap a tensor factory: ``device="cuda"`` means the CPU."""
-
-    @functools.wraps(factory)
-    def wrapped(*args: Any, **kwargs: Any) -> torch.Tensor:
-        if str(kwargs.get("device")).startswith("cuda"):
-            kwargs["device"] = _CPU
-            kwargs.pop("pin_memory", None)
-        return factory(*args, **kwargs)
-
-    return wrapped
-
-
-class _Generators:
-    """Stands for ``torch.cuda.default_generators``: every index is the CPU generator."""
-
-    def __getitem__(self, _: int) -> torch.Generator:
-        return torch.default_generator
-
-    def __len__(self) -> int:
-        return 1
-
-
-def _adapt_random() -> None:
-    """Map CUDA's random state to the CPU generator (``torch.manual_seed`` itself calls CUDA's: not used here)."""
-    cuda: Any = torch.cuda
-    for module in (cuda, cuda.random):
-        module.get_rng_state = lambda device="cuda": torch.get_rng_state()
-        module.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
-        module.manual_seed = lambda seed: torch.default_generator.manual_seed(seed) and None
-        module.manual_seed_all = lambda seed: None
-    cuda.default_generators = _Generators()
-    megatron_random: Any = importlib.import_module("megatron.core.tensor_parallel.random")
-    # Bound by name at import there.
-    for module in (cuda, megatron_random):
-        module._lazy_init = lambda: None
-        module._lazy_call = lambda function, **_: function()
+    """Make Megatron-Core run on this process's device; call before building anything with it."""
+    adapter.adapt(cuda=has_cuda())

@@ -148,7 +148,7 @@ class Replicated:
         first = self.tensor.rank() == 0
         pairs = zip(self.routes, self.gradients, strict=True)
         own = [gradient for entry, gradient in pairs if first or entry.partition_dim != REPLICATED]
-        square = torch.stack(torch._foreach_norm(own)).square().sum()
+        square = torch.nn.utils.get_total_norm(own).square()
         if self.tensor.size() > 1:
             dist.all_reduce(square, group=self.tensor)
         return float(square.sqrt())

@@ -74,7 +74,7 @@ def transformer_config(config: Config) -> TransformerConfig:
         apply_rope_fusion=False,
         persist_layer_norm=False,
         deterministic_mode=training.deterministic_mode,
-        **device.megatron_settings(),
+        **device.megatron_settings(virtual),
     )
 
 

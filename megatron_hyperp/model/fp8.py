@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 from megatron_hyperp.config import Config
+from megatron_hyperp.megatron_compat.layers import ColumnParallelLinear, Product, RowParallelLinear
 from megatron_hyperp.optim.sphere import muonh_radius
 from megatron_hyperp.parameters import global_shape, is_expert
 
@@ -271,16 +271,16 @@ class _Emulated:
 
     fp8: Emulation | None = None
 
-    def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        product = super()._forward_impl  # type: ignore[misc]  # of the class beside this one
+    def multiply(self, product: Product, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return the product of an input [..., d_in] and a weight [d_out, d_in]."""
         if self.fp8 is None:
-            return product(input, weight, *args, **kwargs)
-        return self.fp8.output(product(self.fp8.input(input), self.fp8.weight(weight), *args, **kwargs))
+            return product(x, weight)
+        return self.fp8.output(product(self.fp8.input(x), self.fp8.weight(weight)))
 
 
-class Fp8ColumnParallelLinear(_Emulated, ColumnParallelLinear):  # type: ignore[misc]  # Megatron-Core has no types
+class Fp8ColumnParallelLinear(_Emulated, ColumnParallelLinear):
     """Megatron-Core's column-parallel layer, able to emulate FP8."""
 
 
-class Fp8RowParallelLinear(_Emulated, RowParallelLinear):  # type: ignore[misc]  # Megatron-Core has no types
+class Fp8RowParallelLinear(_Emulated, RowParallelLinear):
     """Megatron-Core's row-parallel layer, able to emulate FP8."""

@@ -6,11 +6,11 @@ import copy
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_hyperp.megatron_compat.specs import decoder_block_spec, submodules_of
 from megatron_hyperp.model.attention import SdpaAttention
 from megatron_hyperp.model.depth_mup import scaled_bias_dropout_add
 from megatron_hyperp.model.fp8 import Fp8ColumnParallelLinear, Fp8RowParallelLinear
@@ -60,9 +60,7 @@ def block_spec(
         emulates_fp8: whether linear layers can emulate FP8, "local" alone.
     """
     local = implementation == "local"
-    block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=not local, normalization="RMSNorm", vp_stage=vp_stage
-    )
+    block = decoder_block_spec(config, use_transformer_engine=not local, normalization="RMSNorm", vp_stage=vp_stage)
     block = copy.deepcopy(block)
     if local:
         block.layer_norm = RMSNorm
@@ -94,6 +92,6 @@ def _use_fp8_layers(parts: Any) -> None:
     """Put linear layers that can emulate FP8 in the place of Megatron-Core's; grouped experts can as they are."""
     attention = parts.self_attention.submodules
     attention.linear_qkv, attention.linear_proj = Fp8ColumnParallelLinear, Fp8RowParallelLinear
-    mlp = parts.mlp.submodules
-    dense = mlp.shared_experts.submodules if hasattr(mlp, "shared_experts") else mlp
+    mlp = submodules_of(parts.mlp)
+    dense = submodules_of(mlp.shared_experts) if hasattr(mlp, "shared_experts") else mlp
     dense.linear_fc1, dense.linear_fc2 = Fp8ColumnParallelLinear, Fp8RowParallelLinear

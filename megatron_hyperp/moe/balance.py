@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, clear_aux_losses_tracker
 
 from megatron_hyperp import device
+from megatron_hyperp.megatron_compat.experts import MoEAuxLossAutoScaler
 
 
 class Balance:
@@ -75,8 +75,6 @@ class Balance:
         coefficient, ``router_z`` [layers] the mean squared log-sum-exp of the router's logits (what a z-loss keeps
         small), and ``shares`` what the next batch's loss uses.
         """
-        # Megatron-Core's own record of its losses, which would grow.
-        clear_aux_losses_tracker()
         # Every token is counted on one rank: tensor-parallel ranks hold different parts of the sequence, or a group
         # has just one; other pipeline stages add zeros.
         summed = torch.cat([self._counted.flatten(), self._squares])

@@ -12,9 +12,6 @@ from typing import Any
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedStateDict
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import TEGroupedMLP
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch.nn.functional import grouped_mm
@@ -129,9 +126,3 @@ class GroupedLinear(torch.nn.Module):
             described.replica_id = (*described.replica_id[:2], self._groups.expt_dp.rank())
             result[f"{prefix}weight{number}"] = described
         return result
-
-
-def grouped_experts() -> ModuleSpec:
-    """Return the spec of a rank's experts: Megatron-Core's, on grouped products."""
-    fc1, fc2 = (ModuleSpec(GroupedLinear, params={"split": split}) for split in (0, 1))
-    return ModuleSpec(TEGroupedMLP, submodules=MLPSubmodules(linear_fc1=fc1, linear_fc2=fc2))

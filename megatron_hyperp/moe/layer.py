@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_layer import MoELayer
-from megatron.core.transformer.spec_utils import ModuleSpec
 
+from megatron_hyperp.megatron_compat.experts import MoELayer, grouped_experts
+from megatron_hyperp.megatron_compat.specs import submodules_of, with_module
 from megatron_hyperp.moe.balance import Balance
-from megatron_hyperp.moe.grouped import grouped_experts
+from megatron_hyperp.moe.grouped import GroupedLinear
 from megatron_hyperp.moe.sqrt_gate import SqrtGateRouter
 
 
@@ -25,8 +26,8 @@ class HyperPMoELayer(MoELayer):  # type: ignore[misc]  # Megatron-Core has no ty
         return math.sqrt(0.5) * (routed + shared_expert_output)
 
 
-def with_sqrt_gate(spec: ModuleSpec, *, gate: str, balance: Balance, grouped_here: bool) -> ModuleSpec:
-    """Turn Megatron-Core's spec of a mixture-of-experts block into ours, in place.
+def with_sqrt_gate(spec: Any, *, gate: str, balance: Balance, grouped_here: bool) -> Any:
+    """Turn Megatron-Core's spec of a mixture-of-experts block into ours; its parts are changed in place.
 
     Args:
         spec: of a ``MoELayer``.
@@ -34,8 +35,8 @@ def with_sqrt_gate(spec: ModuleSpec, *, gate: str, balance: Balance, grouped_her
         balance: shared by all layers.
         grouped_here: multiply experts by PyTorch's grouped product; otherwise they stay the spec's.
     """
-    spec.module = HyperPMoELayer
+    parts = submodules_of(spec)
     if grouped_here:
-        spec.submodules.experts = grouped_experts()
-    spec.submodules.router = partial(SqrtGateRouter, gate=gate, balance=balance)
-    return spec
+        parts.experts = grouped_experts(GroupedLinear, fc1={"split": 0}, fc2={"split": 1})
+    parts.router = partial(SqrtGateRouter, gate=gate, balance=balance)
+    return with_module(spec, HyperPMoELayer)

@@ -9,14 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
-    apply_router_token_dropping,
-    compute_routing_scores_for_aux_loss,
-)
-from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_hyperp.megatron_compat.experts import MoEAuxLossAutoScaler, Router
 from megatron_hyperp.moe.balance import Balance
 
 # The power of the probability that a gate is.
@@ -50,7 +45,7 @@ def topk_gates(logits: torch.Tensor, topk: int, power: float) -> tuple[torch.Ten
     return torch.exp(power * torch.log_softmax(largest, dim=-1)), indices
 
 
-class SqrtGateRouter(TopKRouter):  # type: ignore[misc]  # Megatron-Core has no types
+class SqrtGateRouter(Router):
     """Megatron-Core's top-k router with another gate, and a load-balancing loss over the whole global batch.
 
     Args:
@@ -58,12 +53,19 @@ class SqrtGateRouter(TopKRouter):  # type: ignore[misc]  # Megatron-Core has no 
         pg_collection: Megatron-Core's process groups.
         gate: a key of :data:`POWERS`.
         balance: statistics of the global batch for the global loss; None without that loss.
+        more: what the block passes besides.
     """
 
     def __init__(
-        self, config: TransformerConfig, pg_collection: Any = None, *, gate: str = "sqrt", balance: Balance
+        self,
+        config: TransformerConfig,
+        pg_collection: Any = None,
+        *,
+        gate: str = "sqrt",
+        balance: Balance,
+        **more: Any,
     ) -> None:
-        super().__init__(config=config, pg_collection=pg_collection)
+        super().__init__(config, pg_collection, **more)
         self.power = POWERS[gate]
         self.balance = balance
 
@@ -87,16 +89,7 @@ class SqrtGateRouter(TopKRouter):  # type: ignore[misc]  # Megatron-Core has no 
         routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter(1, indices, True)
         # The losses count what the router asked for, before any token is dropped.
         probs = self._balanced(probs, logits, routing_map, sequence, batch)
-        if self.config.moe_expert_capacity_factor is not None:
-            probs, routing_map = apply_router_token_dropping(
-                probs,
-                routing_map,
-                router_topk=self.topk,
-                capacity_factor=self.config.moe_expert_capacity_factor,
-                drop_policy=self.config.moe_token_drop_policy,
-                pad_to_capacity=self.config.moe_pad_expert_input_to_capacity,
-            )
-        return probs, routing_map
+        return self.with_capacity(probs, routing_map)
 
     def _balanced(
         self, probs: torch.Tensor, logits: torch.Tensor, routing_map: torch.Tensor, sequence: int, batch: int
@@ -105,12 +98,7 @@ class SqrtGateRouter(TopKRouter):  # type: ignore[misc]  # Megatron-Core has no 
         if not self.training:
             return probs
         probs = self.balance.attach(probs, logits, routing_map, layer=self.layer_number - 1)
-        if not torch.is_grad_enabled() or not self.is_aux_loss_enabled():
-            return probs
-        chosen, scores = compute_routing_scores_for_aux_loss(logits, self.topk, self.score_function)
-        probs = self._apply_aux_loss(probs, scores, chosen)
-        probs = self._apply_seq_aux_loss(probs, scores, chosen, sequence, batch)
-        return self._apply_global_aux_loss(probs, scores, chosen)
+        return self.with_losses(probs, logits, sequence, batch)
 
     def apply_z_loss(self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None) -> torch.Tensor:
         """Attach the mean over tokens of the squared log-sum-exp (arXiv 2202.08906) to the logits.
@@ -123,20 +111,10 @@ class SqrtGateRouter(TopKRouter):  # type: ignore[misc]  # Megatron-Core has no 
         # A sum over tokens, as in Balance.attach.
         return MoEAuxLossAutoScaler.apply(logits, coefficient * torch.logsumexp(logits, dim=-1).square().sum())
 
-    def attach_and_log_load_balancing_loss(
-        self,
-        activation: torch.Tensor,
-        aux_loss_coeff: float,
-        aux_loss: torch.Tensor,
-        aux_loss_name: str,
-        reduce_group: Any,
-        reduce_group_has_dp: bool = False,
-        valid_token_count: Any = None,
-    ) -> torch.Tensor:
+    def attach_loss(self, probs: torch.Tensor, loss: torch.Tensor, group: Any) -> torch.Tensor:
         """Attach one of Megatron-Core's losses to the gates: a mean over the group, of which a rank has its part.
 
         Times all tokens of the group. Megatron-Core takes those of the rank, or, for the loss per sequence, of one
         sequence, so that its losses fall with the number of tensor-parallel ranks and with the micro-batch size.
         """
-        tokens = activation.shape[0] * reduce_group.size()
-        return MoEAuxLossAutoScaler.apply(activation, aux_loss * tokens)
+        return MoEAuxLossAutoScaler.apply(probs, loss * (probs.shape[0] * group.size()))

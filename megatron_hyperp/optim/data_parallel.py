@@ -15,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.distributed.data_parallel_base import _BaseDataParallel
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_hyperp.megatron_compat.data_parallel import DataParallelBase
 from megatron_hyperp.model.fp8 import WeightScale
 from megatron_hyperp.optim.buckets import Bucket, Shares, cut_into_buckets
 from megatron_hyperp.optim.fp8_gather import Fp8Bucket, agree_on_scales
@@ -130,7 +130,7 @@ class Exchange:
         return [bucket for bucket in self.buckets if isinstance(bucket, Fp8Bucket)]
 
 
-class DataParallel(_BaseDataParallel):  # type: ignore[misc]  # Megatron-Core has no types
+class DataParallel(DataParallelBase):  # type: ignore[misc]  # Megatron-Core has no types
     """A pipeline chunk with its gradients, as Megatron-Core's schedules and ``finalize_model_grads`` want it.
 
     The chunks of a rank share one exchange, which the optimizer lays out; until then there is nowhere to accumulate

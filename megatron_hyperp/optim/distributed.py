@@ -19,6 +19,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_hyperp import device
 from megatron_hyperp.config import Config
+from megatron_hyperp.megatron_compat.tensors import multiply_all_
 from megatron_hyperp.model.fp8 import WeightScale, weight_scales
 from megatron_hyperp.optim import sphere
 from megatron_hyperp.optim.adamh import adam_direction_
@@ -170,8 +171,7 @@ class HyperPOptimizer(MegatronOptimizer):
         # A rank may own nothing: there can be more of them than rows and matrices.
         if gradients and clip and norm > clip:
             for factor in factors_in_range(clip / norm):
-                # One fused multiply over all gradients.
-                torch._foreach_mul_(gradients, factor)
+                multiply_all_(gradients, factor)
         # The state has taken in the gradients, whether or not the weights are moved.
         self.steps_taken += 1
         directions = [

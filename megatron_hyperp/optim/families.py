@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_hyperp.megatron_compat.tensors import storage_of
 from megatron_hyperp.optim.buckets import repeated
 from megatron_hyperp.optim.domains import Domain
 from megatron_hyperp.optim.ownership import Piece
@@ -169,8 +170,7 @@ def runs_of(routes: Sequence[Route], blocks: Sequence[Block]) -> list[Run]:
         weight = block.of(entry.parameter.detach())
         gradient = block.of(entry.parameter.main_grad)  # type: ignore[attr-defined]
         # Parts of a parameter, such as gate and up, alternate: each of them is regular by itself.
-        # Not the address of the memory: on the meta device there is none.
-        buffers = weight.untyped_storage()._cdata, gradient.untyped_storage()._cdata
+        buffers = storage_of(weight), storage_of(gradient)
         place = _Place(index, weight, gradient)
         places.setdefault((entry.parameter.shape, block, buffers), []).append(place)
     return [_run(alike) for group in places.values() for alike in _regular(group)]

@@ -21,6 +21,7 @@ from megatron_hyperp.config import Config, micro_batches
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.hardware import GIB
+from megatron_hyperp.megatron_compat.fake_ranks import init_fake_process_group
 from megatron_hyperp.planning.activations import activation_bytes
 from megatron_hyperp.planning.layouts import Cluster, evaluate
 from megatron_hyperp.planning.memory import Memory
@@ -103,9 +104,8 @@ def dry_run(config: Config, cluster: Cluster, *, rank: int | None, log: Callable
 def as_rank(config: Config, rank: int, world_size: int) -> Iterator[None]:
     """Be a rank of a job, within :func:`megatron_hyperp.device.dry`: its process groups exist, and move nothing."""
     from megatron.core import parallel_state
-    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world_size)
+    init_fake_process_group(rank, world_size)
     try:
         initialize_megatron(config)
         yield

@@ -176,16 +176,21 @@ class RMSNorm(torch.nn.Module):
 
     def __init__(
         self,
-        hidden_size: int,
+        normalized_shape: int | None = None,
+        *,
         eps: float,
         sequence_parallel: bool,
         params_dtype: torch.dtype,
         device: Any = None,
+        hidden_size: int | None = None,
         **_: Any,
     ) -> None:
         super().__init__()
         self.eps = eps
-        self.weight = Parameter(torch.ones(hidden_size, dtype=params_dtype, device=device))
+        # By its older name.
+        size = hidden_size if normalized_shape is None else normalized_shape
+        assert size is not None
+        self.weight = Parameter(torch.ones(size, dtype=params_dtype, device=device))
         self.weight.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -196,8 +201,9 @@ class RMSNorm(torch.nn.Module):
 class Fp8Padding(torch.nn.Module):
     """Rows of zeros that make every group a multiple of 16 long."""
 
-    def __init__(self, num_gemms: int) -> None:
+    def __init__(self, num_gemms: int, align_size: int | None = None) -> None:
         super().__init__()
+        assert align_size is None
         self.num_gemms = num_gemms
 
     def forward(self, x: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, list[int]]:
@@ -209,8 +215,9 @@ class Fp8Padding(torch.nn.Module):
 class Fp8Unpadding(torch.nn.Module):
     """What :class:`Fp8Padding` added, taken away."""
 
-    def __init__(self, num_gemms: int) -> None:
+    def __init__(self, num_gemms: int, align_size: int | None = None) -> None:
         super().__init__()
+        assert align_size is None
         self.num_gemms = num_gemms
 
     def forward(self, x: torch.Tensor, m_splits: list[int]) -> torch.Tensor:
