@@ -22,7 +22,8 @@ setup(
         # This version and those below are the first without known vulnerabilities of reading files of others
         # (SECURITY.md). NVIDIA's images have pre-releases.
         "torch>=2.10.0a0",
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,<0.20",
+        "packaging",
         # Megatron-Core uses psutil when it saves a checkpoint, and does not declare it.
         "psutil",
         "xxhash",
