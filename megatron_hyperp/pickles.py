@@ -139,20 +139,37 @@ def load_values(path: Path, *, allowed: Iterable[Any] = (), mmap: bool = False) 
     Raises:
         UsageError: it cannot be read, is damaged, or holds code objects; each of those is named.
     """
-    allowed = list(allowed)
     try:
-        with torch.serialization.safe_globals(allowed):
-            check_file(path)
-            with path.open("rb") as file:
-                check_archive(file)
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-            if foreign:
-                raise refusal(path, foreign)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except UsageError:
-        raise
+        check_file(path)
+        with path.open("rb") as file:
+            return read_values(file, path, allowed=allowed, mmap=mmap)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}; check the path") from error
+
+
+def read_values(file: IO[bytes], path: Path, *, allowed: Iterable[Any] = (), mmap: bool = False) -> Any:
+    """Read an archive of ``torch.save`` that holds tensors and plain values, from an open file.
+
+    Args:
+        file: at its beginning.
+        path: of the file, for messages.
+        allowed: classes that may be in it besides.
+        mmap: leave tensors in the file at ``path``, which is the same, until they are used.
+
+    Raises:
+        OSError: it cannot be read.
+        UsageError: it is damaged, or holds code objects; each of those is named.
+    """
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            check_archive(file)
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            if foreign:
+                raise refusal(path, foreign)
+            file.seek(0)
+            return torch.load(str(path) if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
+    except (UsageError, OSError):
+        raise
     except Exception as error:  # a damaged file fails in any way
         names = _names_in(error)
         if names:

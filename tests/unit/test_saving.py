@@ -16,8 +16,9 @@ import torch
 
 from megatron_hyperp import device
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.megatron_compat.async_saving import _Packed
 from megatron_hyperp.training.checkpointing import TRACKER
-from megatron_hyperp.training.saving import _check_finite, _Packed
+from megatron_hyperp.training.saving import _check_finite
 from tests.functional.launch import ROOT
 from tests.toy import one_rank, rows_of_training, toy_config, write_corpus
 
