@@ -80,10 +80,12 @@ def _with_common_file(folder: Path, common: dict[str, Any]) -> Iterator[Path]:
 
 
 def missing_data(folder: Path) -> str | None:
-    """Say what a checkpoint that this process has just written lacks of what its metadata names; None if it is whole.
+    """Say what a checkpoint that this process has just written lacks: files, or parts of them; None if it is whole.
 
     The metadata is read as torch reads it, which runs what a pickle names: only for one's own files.
     """
+    if not (folder / COMMON_FILE).is_file():
+        return f"{COMMON_FILE} is missing"
     ends: dict[str, int] = {}
     for place in FileSystemReader(folder).read_metadata().storage_data.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)

@@ -15,7 +15,7 @@ SUPPORTED = SpecifierSet(">=0.16.1,<0.20")
 TESTED = tuple(map(Version, ("0.16.1", "0.17.1", "0.18.2", "0.19.2")))
 OLDEST = TESTED[0]
 # The first release line that is not supported yet.
-NEXT_LINE = Version("0.20")
+NEXT_LINE = Version("0.20.dev0")
 # The first version that needs Python 3.12, and that imports nvidia-resiliency-ext, which has to be new enough.
 NEEDS_PYTHON_312 = Version("0.17")
 NEEDS_RESILIENCY_EXT = (Version("0.17"), Version("0.6"))
