@@ -68,11 +68,10 @@ def save_then_change(prefix: str, folder: Path, settings: dict[str, Any]) -> Non
     assert not wrong, f"{len(wrong)} of {len(found)} were written later than asked for"
 
 
-@pytest.mark.parametrize(("settings", "ranks"), [({}, 1), (EXPERTS, 2)], ids=["dense", "experts"])
-def test_a_save_beside_the_training_has_the_values_it_was_asked_for(
-    tmp_path: Path, settings: dict[str, Any], ranks: int
-) -> None:
-    run_distributed(save_then_change, ranks, write_corpus(tmp_path), tmp_path, settings)
+@pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "experts"])
+def test_a_save_beside_the_training_has_the_values_it_was_asked_for(tmp_path: Path, experts: dict[str, int]) -> None:
+    settings = {**experts, "tensor_model_parallel_size": 2}
+    run_distributed(save_then_change, 2, write_corpus(tmp_path), tmp_path, settings)
 
 
 def resume_from_an_object(prefix: str, folder: Path) -> None:
