@@ -70,7 +70,7 @@ def save_then_change(prefix: str, folder: Path, settings: dict[str, Any]) -> Non
 
 @pytest.mark.parametrize("experts", [{}, EXPERTS], ids=["dense", "experts"])
 def test_a_save_beside_the_training_has_the_values_it_was_asked_for(tmp_path: Path, experts: dict[str, int]) -> None:
-    settings = {**experts, "tensor_model_parallel_size": 2}
+    settings = {**experts, "tensor_model_parallel_size": 2, "sequence_parallel": True}
     run_distributed(save_then_change, 2, write_corpus(tmp_path), tmp_path, settings)
 
 

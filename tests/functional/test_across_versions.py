@@ -21,7 +21,8 @@ from tests.toy import EXPERTS, toy_config, write_corpus
 # The interpreters of the environments with Megatron-Core 0.16 and with 0.19.
 PYTHONS = {"old": os.environ.get("OLD_MEGATRON_PYTHON"), "new": os.environ.get("NEW_MEGATRON_PYTHON")}
 SAVED, LAST = 4, 8
-TP2_DP2, PP2 = (4, ["--tensor-model-parallel-size", "2"]), (2, ["--pipeline-model-parallel-size", "2"])
+TP2_DP2 = (4, ["--tensor-model-parallel-size", "2", "--sequence-parallel"])
+PP2 = (2, ["--pipeline-model-parallel-size", "2"])
 
 pytestmark = [
     pytest.mark.slow,
