@@ -204,10 +204,32 @@ def _names_in(error: Exception) -> list[str]:
     return [after for word, after in itertools.pairwise(words) if word == "GLOBAL"]
 
 
-def megatron_classes() -> Iterator[Any]:
-    """Classes that Megatron-LM's arguments are made of: the namespace, enumerations, paths and signals."""
-    from megatron.core.enums import ModelType
-    from megatron.core.transformer.enums import AttnBackend, AttnMaskType, AttnType, LayerType
+# Enumerations of Megatron-LM's arguments, in megatron.core.transformer.enums of any version up to 0.19.
+_ENUMERATIONS = (
+    *("ModelType", "LayerType", "AttnType", "AttnMaskType", "AttnBackend"),
+    *("CudaGraphScope", "CudaGraphModule", "InferenceCudaGraphScope"),
+)
 
-    yield from (argparse.Namespace, pathlib.PosixPath, signal.Signals)
-    yield from (ModelType, AttnBackend, AttnMaskType, AttnType, LayerType)
+
+class _Setting:
+    """Stands for a value of an enumeration that the installed Megatron-Core does not have, and that nobody here reads.
+
+    Args:
+        value: as in the file.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def megatron_classes() -> Iterator[Any]:
+    """Classes that Megatron-LM's arguments are made of: the namespace, enumerations, paths and signals.
+
+    An enumeration that is only in newer versions than the installed one comes as a stand-in with its name.
+    """
+    from megatron.core import enums as older
+    from megatron.core.transformer import enums
+
+    yield from (argparse.Namespace, pathlib.PosixPath, signal.Signals, older.ModelType)
+    for name in _ENUMERATIONS:
+        yield getattr(enums, name, None) or (_Setting, f"{enums.__name__}.{name}")
