@@ -5,20 +5,22 @@
 #   docker run --rm --gpus all --ipc host --ulimit memlock=-1 --volume "$PWD/runs:/workspace/runs" megatron-hyperp \
 #     torchrun --nproc-per-node gpu examples/pretrain_gpt.py --config examples/configs/dense_d8.yaml ...
 #
-# The image comes with NVIDIA's apex, built. The "apex" on PyPI is something else.
-ARG BASE=nvcr.io/nvidia/pytorch:25.12-py3
+# The image comes with NVIDIA's apex, built. The "apex" on PyPI is something else. This is the image that Megatron-LM's
+# own docker/.ngc_version.dev names (Python 3.12).
+ARG BASE=nvcr.io/nvidia/pytorch:26.08-py3
 FROM ${BASE}
 
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 
-# Built against the image's own PyTorch, whose constraint on this one package is lifted for it.
-ARG TRANSFORMER_ENGINE=2.11.0
+# Built against the image's own PyTorch, whose constraint on this one package is lifted for it. Megatron-Core 0.19.2
+# sets no upper bound (its extra "te": transformer-engine[core_cu13,pytorch]); this is the newest on PyPI.
+ARG TRANSFORMER_ENGINE=2.20.2
 ENV NVTE_FRAMEWORK=pytorch
 RUN sed -i -E '/^transformer[-_]engine/Id' /etc/pip/constraint.txt \
- && pip install --no-cache-dir --no-build-isolation "transformer-engine[pytorch]==${TRANSFORMER_ENGINE}"
+ && pip install --no-cache-dir --no-build-isolation "transformer-engine[core_cu13,pytorch]==${TRANSFORMER_ENGINE}"
 
 # Dependencies first: they change less often than the sources. The image's PyTorch, NumPy and the like stay.
-ARG MEGATRON_CORE=0.16.1
+ARG MEGATRON_CORE=0.19.2
 # hadolint ignore=DL3013  (what has no version here is pinned by the image's own constraints, or hardly matters)
 RUN pip install --no-cache-dir \
       "megatron-core==${MEGATRON_CORE}" psutil scipy "sentencepiece==0.2.3" tokenizers pyyaml rich matplotlib \

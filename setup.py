@@ -1,4 +1,4 @@
-"""Packaging of megatron-hyperp; tool settings live in pyproject.toml, exact pins in constraints.txt."""
+"""Packaging of megatron-hyperp; tool settings live in pyproject.toml, exact pins in constraints*.txt."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,8 @@ setup(
         # This version and those below are the first without known vulnerabilities of reading files of others
         # (SECURITY.md). NVIDIA's images have pre-releases.
         "torch>=2.10.0a0",
-        "megatron-core>=0.16.1,<0.17",
+        "megatron-core>=0.16.1,<0.20",
+        "packaging",
         # Megatron-Core uses psutil when it saves a checkpoint, and does not declare it.
         "psutil",
         "xxhash",
@@ -56,7 +57,11 @@ setup(
         "data": ["pyarrow>=14.0.1", "zstandard"],
         "convert": ["transformers>=5.3", "safetensors"],
         # Wheels of TransformerEngine need CUDA. NVIDIA's apex is not on PyPI (the "apex" there is something else).
-        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12"],
+        # Megatron-Core 0.16, which Python 3.11 gets, asks for one before 2.12; 0.17 and later set no upper bound.
+        "gpu": [
+            "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
+            "transformer-engine[core_cu13,pytorch]>=2.12,<2.21; python_version >= '3.12'",
+        ],
         # Symmetric products on Hopper and later. With a PyTorch built for CUDA 13: quack-kernels[cu13].
         "kernels": ["quack-kernels>=0.6,<0.7"],
     },

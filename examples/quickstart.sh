@@ -2,6 +2,7 @@
 # Set up, then pretrain a small HyperP model on text that is on this machine, with two tensor-parallel ranks:
 # install into .venv, train a tokenizer, make a corpus, train half way, resume, report the run.
 # With --moe as the first argument it is a mixture of experts with two expert-parallel ranks.
+# PYTHON=python3.12 in the environment chooses the Python, and with it Megatron-Core (docs/versions.md).
 # Further arguments go to the training, for example: bash examples/quickstart.sh --optimizer adamw --eta0 0.003
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -87,6 +87,7 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
     debug = "--debug" in argv
     argv = [argument for argument in argv if argument != "--debug"]
     try:
+        _check_versions()
         code = main(argv)
     except BaseException as error:
         code = _exit_code(error)
@@ -98,6 +99,15 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
             if isinstance(error, LostRankError) or "RANK" in os.environ or has_children():
                 leave_at_once(code)
     sys.exit(code or 0)
+
+
+def _check_versions() -> None:
+    """Refuse a Megatron-Core that is too old or cannot be imported; warn about one that is newer than those tested."""
+    from megatron_hyperp.megatron_compat import versions
+
+    warning = versions.check_installed()
+    if warning and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
 
 
 def _exit_code(error: BaseException) -> int:

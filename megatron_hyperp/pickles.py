@@ -139,20 +139,37 @@ def load_values(path: Path, *, allowed: Iterable[Any] = (), mmap: bool = False) 
     Raises:
         UsageError: it cannot be read, is damaged, or holds code objects; each of those is named.
     """
-    allowed = list(allowed)
     try:
-        with torch.serialization.safe_globals(allowed):
-            check_file(path)
-            with path.open("rb") as file:
-                check_archive(file)
-            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-            if foreign:
-                raise refusal(path, foreign)
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-    except UsageError:
-        raise
+        check_file(path)
+        with path.open("rb") as file:
+            return read_values(file, path, allowed=allowed, mmap=mmap)
     except OSError as error:
         raise UsageError(f"{path} cannot be read: {error.strerror or error}; check the path") from error
+
+
+def read_values(file: IO[bytes], path: Path, *, allowed: Iterable[Any] = (), mmap: bool = False) -> Any:
+    """Read an archive of ``torch.save`` that holds tensors and plain values, from an open file.
+
+    Args:
+        file: at its beginning.
+        path: of the file, for messages.
+        allowed: classes that may be in it besides.
+        mmap: leave tensors in the file at ``path``, which is the same, until they are used.
+
+    Raises:
+        OSError: it cannot be read.
+        UsageError: it is damaged, or holds code objects; each of those is named.
+    """
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            check_archive(file)
+            foreign = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+            if foreign:
+                raise refusal(path, foreign)
+            file.seek(0)
+            return torch.load(str(path) if mmap else file, map_location="cpu", weights_only=True, mmap=mmap)
+    except (UsageError, OSError):
+        raise
     except Exception as error:  # a damaged file fails in any way
         names = _names_in(error)
         if names:
@@ -187,10 +204,32 @@ def _names_in(error: Exception) -> list[str]:
     return [after for word, after in itertools.pairwise(words) if word == "GLOBAL"]
 
 
-def megatron_classes() -> Iterator[Any]:
-    """Classes that Megatron-LM's arguments are made of: the namespace, enumerations, paths and signals."""
-    from megatron.core.enums import ModelType
-    from megatron.core.transformer.enums import AttnBackend, AttnMaskType, AttnType, LayerType
+# Enumerations of Megatron-LM's arguments, in megatron.core.transformer.enums of any version up to 0.19.
+_ENUMERATIONS = (
+    *("ModelType", "LayerType", "AttnType", "AttnMaskType", "AttnBackend"),
+    *("CudaGraphScope", "CudaGraphModule", "InferenceCudaGraphScope"),
+)
 
-    yield from (argparse.Namespace, pathlib.PosixPath, signal.Signals)
-    yield from (ModelType, AttnBackend, AttnMaskType, AttnType, LayerType)
+
+class _Setting:
+    """Stands for a value of an enumeration that the installed Megatron-Core does not have, and that nobody here reads.
+
+    Args:
+        value: as in the file.
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def megatron_classes() -> Iterator[Any]:
+    """Classes that Megatron-LM's arguments are made of: the namespace, enumerations, paths and signals.
+
+    An enumeration that is only in newer versions than the installed one comes as a stand-in with its name.
+    """
+    from megatron.core import enums as older
+    from megatron.core.transformer import enums
+
+    yield from (argparse.Namespace, pathlib.PosixPath, signal.Signals, older.ModelType)
+    for name in _ENUMERATIONS:
+        yield getattr(enums, name, None) or (_Setting, f"{enums.__name__}.{name}")

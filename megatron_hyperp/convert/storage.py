@@ -19,15 +19,23 @@ import torch
 from megatron_hyperp.arguments import shown
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.files import holds, read_json
-from megatron_hyperp.pickles import check_archive, load_metadata, load_values
+from megatron_hyperp.megatron_compat.checkpoints import (
+    BACKEND,
+    BACKEND_VERSION,
+    COMMON_FILE,
+    COMMON_OBJECT,
+    FORMAT_FILE,
+    METADATA_FILE,
+)
+from megatron_hyperp.megatron_compat.versions import SUPPORTED
+from megatron_hyperp.pickles import check_archive, load_metadata, load_values, read_values
 
 LAYERS, EXPERTS = "decoder.layers.", ".experts.experts."
 OPTIMIZER_STATE = "optimizer.state."
-COMMON_FILE, METADATA_FILE, FORMAT_FILE = "common.pt", ".metadata", "metadata.json"
-# What Megatron-Core's reader of this format asks of the file beside the metadata.
+# What Megatron-Core's reader of this format asks of the file beside the metadata; from 0.19 on only the first two.
 FORMAT = {
-    "sharded_backend": "torch_dist",
-    "sharded_backend_version": 1,
+    "sharded_backend": BACKEND,
+    "sharded_backend_version": BACKEND_VERSION,
     "common_backend": "torch",
     "common_backend_version": 1,
 }
@@ -131,7 +139,7 @@ class CheckpointReader:
 
     Args:
         folder: of one iteration.
-        allowed: classes that ``common.pt`` may hold besides plain values.
+        allowed: classes that the common state may hold besides plain values.
 
     Raises:
         UsageError: the folder is no such checkpoint, is damaged, or has code objects in its metadata.
@@ -140,7 +148,7 @@ class CheckpointReader:
     def __init__(self, folder: str | Path, *, allowed: tuple[Any, ...] = ()) -> None:
         self.folder = Path(folder)
         self._allowed = allowed
-        self._check_format()
+        check_format(self.folder)
         metadata = load_metadata(self.folder / METADATA_FILE)
         self.tensors: dict[str, Stored] = {}
         self.objects: dict[str, Chunk] = {}
@@ -150,23 +158,6 @@ class CheckpointReader:
             if isinstance(error, UsageError):
                 raise
             raise self._damaged(f"its {METADATA_FILE} is not whole ({type(error).__name__}: {error})") from error
-
-    def _check_format(self) -> None:
-        path = self.folder / FORMAT_FILE
-        try:
-            backend = read_json(path).get("sharded_backend")
-        except OSError as error:
-            raise UsageError(
-                f"{self.folder} is no torch_dist checkpoint: {FORMAT_FILE} cannot be read ({error.strerror});"
-                " name the folder of one iteration, iter_..."
-            ) from error
-        except (ValueError, AttributeError) as error:
-            raise self._damaged(f"its {FORMAT_FILE} is not JSON") from error
-        if backend != FORMAT["sharded_backend"]:
-            raise UsageError(
-                f"{self.folder} is in the format {shown(backend)}; only {FORMAT['sharded_backend']!r} is read: save it"
-                " again with --ckpt-format torch_dist"
-            )
 
     def _read_index(self, metadata: Any) -> None:
         places = {
@@ -208,15 +199,37 @@ class CheckpointReader:
             raise self._damaged(f"the chunks of {key} do not cover it")
 
     def _damaged(self, reason: str) -> UsageError:
-        return UsageError(f"the checkpoint {self.folder} is damaged: {reason}; take another copy, or an older one")
+        return damaged(self.folder, reason)
 
     @cached_property
     def common(self) -> dict[str, Any]:
         """What all ranks share: progress, settings, counts; tensors and plain values only."""
-        values = load_values(self.folder / COMMON_FILE, allowed=self._allowed)
+        if (self.folder / COMMON_FILE).is_file():
+            values = load_values(self.folder / COMMON_FILE, allowed=self._allowed)
+        elif COMMON_OBJECT in self.objects:
+            values = self._common_object()
+        else:
+            raise UsageError(
+                f"{self.folder} has its common state neither in {COMMON_FILE}, as megatron-core 0.16 to 0.18 writes it,"
+                f" nor as the object {COMMON_OBJECT}, as 0.19 does; it is of another version, or not whole: save it"
+                " again with one of these"
+            )
         if not isinstance(values, dict):
-            raise self._damaged(f"its {COMMON_FILE} holds no names with values")
+            raise self._damaged("its common state holds no names with values")
         return values
+
+    def _common_object(self) -> Any:
+        chunk = self.objects[COMMON_OBJECT]
+        path = self.folder / chunk.file
+        try:
+            with path.open("rb") as file:
+                window = io.BufferedReader(_Window(file, chunk.start, chunk.length))
+                values = read_values(window, path, allowed=self._allowed)
+        except OSError as error:
+            raise self._damaged(f"{chunk.file} cannot be read ({error.strerror})") from error
+        if not isinstance(values, list) or len(values) != 1:
+            raise self._damaged(f"{COMMON_OBJECT} holds something else than one shard")
+        return values[0]
 
     def slabs(self, prefix: str = "") -> Iterator[Slab]:
         """Yield every slab of the tensors whose names begin so: embedding, layer by layer, final norm and output."""
@@ -289,6 +302,64 @@ class CheckpointReader:
         except Exception as error:  # a damaged file fails in any way
             reason = (str(error).splitlines() or [""])[0][:120]
             raise self._damaged(f"{chunk.file} cannot be read ({type(error).__name__}: {reason})") from error
+
+
+def damaged(folder: Path, reason: str) -> UsageError:
+    """The error about a checkpoint that is not as it was written."""
+    return UsageError(f"the checkpoint {folder} is damaged: {reason}; take another copy, or an older one")
+
+
+def check_format(folder: Path) -> None:
+    """See that a folder is a checkpoint in the format that is read here.
+
+    Raises:
+        UsageError: it is none, or in another format or a later version of it.
+    """
+    path = folder / FORMAT_FILE
+    try:
+        found = read_json(path)
+        backend, version = found.get("sharded_backend"), found.get("sharded_backend_version", BACKEND_VERSION)
+    except OSError as error:
+        raise UsageError(
+            f"{folder} is no torch_dist checkpoint: {FORMAT_FILE} cannot be read ({error.strerror});"
+            " name the folder of one iteration, iter_..."
+        ) from error
+    except (ValueError, AttributeError) as error:
+        raise damaged(folder, f"its {FORMAT_FILE} is not JSON") from error
+    if backend != BACKEND:
+        raise UsageError(
+            f"{folder} is in the format {shown(backend)}; only {BACKEND!r} is read: save it"
+            " again with --ckpt-format torch_dist"
+        )
+    if version != BACKEND_VERSION:
+        raise UsageError(
+            f"{folder} is in version {shown(version)} of the format {BACKEND!r}; version {BACKEND_VERSION} is read, as"
+            f" megatron-core {SUPPORTED} writes it: save it again with one of these"
+        )
+
+
+def has_common(folder: Path) -> bool:
+    """Whether a checkpoint has its common state, in one of the two forms; it need not be whole otherwise."""
+    if (folder / COMMON_FILE).is_file():
+        return True
+    try:
+        return COMMON_OBJECT in load_metadata(folder / METADATA_FILE).state_dict_metadata
+    except UsageError:
+        return False
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """Return the common state of a checkpoint of ours: plain values.
+
+    Raises:
+        UsageError: it cannot be read, is damaged, or holds code objects.
+    """
+    if not (folder / COMMON_FILE).is_file():
+        return CheckpointReader(folder).common
+    values = load_values(folder / COMMON_FILE)
+    if not isinstance(values, dict):
+        raise damaged(folder, f"its {COMMON_FILE} holds no names with values")
+    return values
 
 
 def _order(slab: Slab) -> tuple[Any, ...]:

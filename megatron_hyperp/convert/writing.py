@@ -20,8 +20,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from megatron_hyperp.convert.storage import COMMON_FILE, FORMAT, FORMAT_FILE, LAYERS, Slab
+from megatron_hyperp.convert.storage import FORMAT, LAYERS, Slab
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.megatron_compat.checkpoints import COMMON_FILE, FORMAT_FILE
 
 # torch's writer keeps the last tensor of each name until its file is closed: files are closed after so many bytes.
 FILE_BYTES = 512 * 2**20

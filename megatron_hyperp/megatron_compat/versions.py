@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from megatron_hyperp.errors import UsageError
 
-# As in setup.py. Tested: the whole suite on the first and the last, `make test-versions` on the others.
+# As in setup.py. Tested: the whole suite on the first, `make test` on the last, `make test-versions` on the others.
 SUPPORTED = SpecifierSet(">=0.16.1,<0.20")
 TESTED = tuple(map(Version, ("0.16.1", "0.17.1", "0.18.2", "0.19.2")))
 OLDEST = TESTED[0]

@@ -18,9 +18,12 @@ import torch
 
 from megatron_hyperp import arguments, checksums
 from megatron_hyperp.config import Config
+from megatron_hyperp.convert.storage import check_format, has_common, read_common
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.files import write_atomically
-from megatron_hyperp.pickles import load_metadata, load_values
+from megatron_hyperp.megatron_compat import checkpoints
+from megatron_hyperp.megatron_compat.checkpoints import COMMON_FILE, FORMAT_FILE, METADATA_FILE
+from megatron_hyperp.pickles import load_metadata
 from megatron_hyperp.training.logging import CONFIG_FILE
 
 # Of the state that all ranks share: a checkpoint without optimizer state, with which a training begins; and the radii
@@ -127,7 +130,7 @@ def takes_weights_only(config: Config, common: dict[str, Any]) -> bool:
 
 def fault(folder: Path) -> str | None:
     """Say what is wrong with a checkpoint, as far as the sizes of its files and the content of small ones tell."""
-    return checksums.first_fault(folder) or (None if _is_complete(folder) else "files are missing")
+    return checksums.first_fault(folder) or _missing(folder)
 
 
 def _newest(root: Path) -> Path | None:
@@ -156,14 +159,13 @@ def common_state(folder: Path) -> dict[str, Any]:
     """Return what all ranks share in a checkpoint: plain values.
 
     Raises:
-        UsageError: it cannot be read, or its pickles hold code objects.
+        UsageError: it cannot be read, is of another format, or its pickles hold code objects.
     """
     try:
+        check_format(folder)
         # Megatron-Core reads this again, and would run what it names.
-        load_metadata(folder / ".metadata")
-        common = load_values(folder / "common.pt")
-        if not isinstance(common, dict):
-            raise UsageError("its common.pt holds no names with values")
+        load_metadata(folder / METADATA_FILE)
+        common = read_common(folder)
     except UsageError as error:
         raise UsageError(
             f"the checkpoint {folder} cannot be read ({error}); name an older one with --load", same_on_all_ranks=True
@@ -223,13 +225,12 @@ def load_checkpoint(
     Raises:
         UsageError: the checkpoint cannot be read.
     """
-    from megatron.core import dist_checkpointing
     from torch.distributed.checkpoint.api import CheckpointException
 
+    common = common_state(folder)
     # Torch logs the traceback of what it then raises, which is told below in one line.
     logging.disable(logging.WARNING)
     try:
-        common = dist_checkpointing.load_common_state_dict(str(folder))
         same_layout = common.get("layout") == layout()
         history = not weights_only and same_layout and common.get("fp8_history", False) and keeps_fp8_history(config)
         if weights_only:
@@ -240,7 +241,7 @@ def load_checkpoint(
             state = sharded_state(chunks, optimizer, with_random_state=same_layout, with_fp8_state=history)
         # TransformerEngine's history is pickled by itself; all else are tensors and plain values.
         with nullcontext() if history else _no_code():
-            loaded = dist_checkpointing.load(state, str(folder))
+            loaded = checkpoints.load(state, folder, common)
     except (Exception, CheckpointException) as error:
         reason = first_failure(error)
         raise UsageError(
@@ -386,7 +387,15 @@ def layout() -> list[int]:
 
 
 def _is_complete(folder: Path) -> bool:
-    return all((folder / name).is_file() for name in (CONFIG_FILE, "metadata.json", ".metadata", "common.pt"))
+    return _missing(folder) is None
+
+
+def _missing(folder: Path) -> str | None:
+    """Say what a folder lacks of a complete checkpoint; None if it is one."""
+    lacking = [name for name in (CONFIG_FILE, FORMAT_FILE, METADATA_FILE) if not (folder / name).is_file()]
+    if lacking:
+        return f"{', '.join(lacking)} missing"
+    return None if has_common(folder) else f"{COMMON_FILE} is missing"
 
 
 def complete_checkpoints(root: Path) -> list[Path]:

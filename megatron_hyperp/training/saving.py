@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import multiprocessing
 import os
-import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +24,9 @@ from megatron_hyperp.config import Config
 from megatron_hyperp.data.batches import is_lost_process
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.files import flush, write_atomically
-from megatron_hyperp.processes import bound_children, serve_parent_alone
+from megatron_hyperp.megatron_compat.async_saving import save_queue, start_reports
+from megatron_hyperp.megatron_compat.checkpoints import begin_save, missing_data
+from megatron_hyperp.processes import bound_children
 from megatron_hyperp.training.checkpointing import (
     PARENT,
     RADII,
@@ -37,6 +36,7 @@ from megatron_hyperp.training.checkpointing import (
     checkpoint_folder,
     complete_checkpoints,
     config_text,
+    fault,
     first_failure,
     first_line,
     iteration_of,
@@ -99,14 +99,12 @@ class Saver:
         schedule: Schedule,
         said: Callable[[Saved], None],
     ) -> None:
-        from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
-
         assert config.checkpoint.save is not None
         self._config, self._said = config, said
         self._chunks, self._optimizer, self._balance, self._scales = chunks, optimizer, balance, scales
         self._radii, self._parent, self._schedule = radii, parent, schedule
         self._root = Path(config.checkpoint.save)
-        self._queue = AsyncCallsQueue()
+        self._queue = save_queue()
 
     def save(self, progress: Progress, *, run_id: str | None = None, keep_all: bool = False) -> None:
         """Write a checkpoint, make it the latest, drop those beyond ``--keep``; with ``--async-save``, begin to.
@@ -119,17 +117,14 @@ class Saver:
         Raises:
             UsageError: a weight or a state of the optimizer is not finite, or the checkpoint cannot be written.
         """
-        from megatron.core import dist_checkpointing
-
         self.finish()
         state = self._state(progress, run_id)
         _check_finite(state, progress.iteration)
         saved = Saved(checkpoint_folder(self._root, progress.iteration), progress.iteration, -time.monotonic(), 0.0)
         with self._failures_told(), bound_children():
             partial = _prepare(saved.folder, self._config)
-            _start_manager()
-            request = dist_checkpointing.save(state, str(partial), async_sharded_save=True)
-            assert request is not None
+            start_reports(SIGNALS)
+            request = begin_save(state, partial)
             request.add_finalize_fn(functools.partial(self._complete, partial, saved, keep_all))
             if self._config.checkpoint.async_save:
                 self._queue.schedule_async_request(request)
@@ -190,6 +185,8 @@ class Saver:
         sums = _checksums(partial)
         if dist.get_rank() == 0:
             checksums.write(partial, sums)
+        _read_back(partial)
+        if dist.get_rank() == 0:
             if saved.folder.exists():
                 os.replace(saved.folder, saved.folder.with_name(f"partial_old_{saved.folder.name}"))
             os.replace(partial, saved.folder)
@@ -252,6 +249,24 @@ def _checksums(folder: Path) -> dict[str, checksums.Checksum]:
     return {name: each for part in parts for name, each in part.items()}
 
 
+def _read_back(folder: Path) -> None:
+    """See that what has been written counts as a complete checkpoint, before it becomes one; a collective call.
+
+    Raises:
+        UsageError: it does not.
+    """
+    problem: list[str | None] = [None]
+    if dist.get_rank() == 0:
+        problem = [fault(folder) or missing_data(folder)]
+    dist.broadcast_object_list(problem, src=0)
+    if problem[0] is not None:
+        raise UsageError(
+            f"the checkpoint just written in {folder} is not complete ({problem[0]}), and is not used; those saved"
+            " before are whole: check the disk, and resume from the newest of them",
+            same_on_all_ranks=True,
+        )
+
+
 def drop_old(root: Path, keep: int, latest: int) -> None:
     """Delete what was replaced, and all but the newest ``keep`` checkpoints up to the latest."""
     for leftover in root.glob("partial_*"):
@@ -259,37 +274,3 @@ def drop_old(root: Path, keep: int, latest: int) -> None:
     if keep:
         for folder in [path for path in complete_checkpoints(root) if iteration_of(path) <= latest][:-keep]:
             shutil.rmtree(folder)
-
-
-@functools.cache
-def _start_manager() -> None:
-    """Start the process through which Megatron-Core's writers report, in place of its own.
-
-    A signal to all processes of a job, as Slurm sends it, would end that one before the checkpoint that it asks for;
-    and the death of its rank would not, so that it kept the rank's output open.
-    """
-    from megatron.core.dist_checkpointing.strategies import filesystem_async
-
-    manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
-    manager.start(serve_parent_alone, (os.getpid(), SIGNALS))
-    filesystem_async._results_queue = _Packed(manager.Queue())
-
-
-class _Packed:
-    """A queue whose values are pickled by those that use it, so that the process that holds it imports no torch.
-
-    Args:
-        queue: of a manager.
-    """
-
-    def __init__(self, queue: Any) -> None:
-        self._queue = queue
-
-    def put(self, value: Any) -> None:
-        """Append a value."""
-        self._queue.put(pickle.dumps(value))
-
-    def get_nowait(self) -> Any:
-        """Return the next value; raise ``queue.Empty`` if there is none."""
-        # Of this rank's own writers.
-        return pickle.loads(self._queue.get_nowait())  # nosec B301

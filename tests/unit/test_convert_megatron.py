@@ -189,3 +189,20 @@ def test_code_objects_in_the_arguments(tmp_path: Path) -> None:
     torch.save(common, path)
     with pytest.raises(UsageError, match=r"holds code objects \(tests.unit.test_convert_megatron.Foreign\)"):
         MegatronSource(folder)
+
+
+def test_enumerations_of_a_newer_version_are_read_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Megatron-Core 0.19 writes InferenceCudaGraphScope among its arguments, which 0.16 does not have."""
+    from megatron.core.transformer import enums
+
+    folder = export(tmp_path / "there", RandomSource(model_config()))
+    path, name = folder / megatron_lm.RELEASE / "common.pt", "InferenceCudaGraphScope"
+    common = MegatronSource(folder).reader.common
+    newer = enum.Enum(name, {"none": 1}, module=enums.__name__)
+    with monkeypatch.context() as patch:
+        patch.setattr(enums, name, newer, raising=False)
+        common["args"].inference_cuda_graph_scope = newer(1)
+        torch.save(common, path)
+    with monkeypatch.context() as patch:
+        patch.delattr(enums, name, raising=False)
+        assert MegatronSource(folder).reader.common["args"].inference_cuda_graph_scope.value == 1

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.training.saving import _check_finite, _Packed
+from megatron_hyperp.megatron_compat.async_saving import _Packed
+from megatron_hyperp.training.saving import _check_finite
 from tests.toy import one_rank
 
 
