@@ -45,7 +45,7 @@ def test_no_shell_and_no_evaluation() -> None:
             str
         ](),
         # What a rank's own writers report to it.
-        r"\bpickle\.loads?\(|pickle\.Unpickler": {"megatron_hyperp/training/saving.py"},
+        r"\bpickle\.loads?\(|pickle\.Unpickler": {"megatron_hyperp/megatron_compat/async_saving.py"},
         r"\btorch\.load\(": {"megatron_hyperp/pickles.py", "megatron_hyperp/convert/storage.py"},
         r"\byaml\.(load|full_load|unsafe_load|safe_load)\(": {"megatron_hyperp/yaml_files.py"},
         r"\bnp\.load\(|allow_pickle=True": set[str](),
