@@ -20,6 +20,7 @@ from tests.toy import VOCABULARY, write_corpus
 CLOSE = 0.02
 
 
+@pytest.mark.matrix
 def test_it_trains_what_is_missing_and_reports_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--precision", "bf16", "--iterations", "2", "--output", str(tmp_path)]
     known = {"case": "none", "precision": "bf16", "seed": 1234, "iterations": 2}

@@ -23,6 +23,7 @@ def counts(ranks: str, slices: str) -> list[list[str]]:
     return [row.split() for row in rows]
 
 
+@pytest.mark.matrix
 def test_ranks_do_what_is_predicted() -> None:
     """FLOPs, bytes and collectives of two ranks, data- and tensor-parallel, dense and with experts."""
     rows = counts("2", "tiny d8")
@@ -41,6 +42,7 @@ def test_one_to_eight_ranks_do_what_is_predicted() -> None:
     assert len(counts("1 2 4 8", "d8 d24 moe-d8 moe-d24 tiny")) == 5 * 7
 
 
+@pytest.mark.matrix
 def test_a_whole_step_runs() -> None:
     command = [sys.executable, STEP, "--whole-step", "--models", "tiny", "--tp", "2", "--dp", "1", "--repeats", "1"]
     shown = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)

@@ -88,6 +88,7 @@ def wait_for_port(port: int, process: Popen[str]) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.matrix
 def test_a_stop_is_no_failure(config: Path, tmp_path: Path) -> None:
     """Torchrun would start again what leaves with another code than 0."""
     with single_node(config, tmp_path, "--exit-duration-in-mins", 0.02, "--train-iters", 100_000) as launcher:

@@ -84,6 +84,7 @@ def test_dry_run_of_one_node(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["layout_8xH100.yaml"]
 
 
+@pytest.mark.matrix
 def test_dry_run_of_many_nodes(tmp_path: Path) -> None:
     """What the flags say of the model is planned with: the recipe's 63 experts would divide by no such number."""
     words = (JOB, "moe_d24", "--num-experts", "64")
