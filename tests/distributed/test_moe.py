@@ -17,7 +17,7 @@ from tests.run_distributed import run_distributed
 from tests.toy import rows_of_run, toy_config
 
 Runs = dict[str, dict[str, Any]]
-ITERATIONS = 20
+ITERATIONS = 10
 MOE = {"num_layers": 2, "ffn_hidden_size": 128, "moe_sparsity": 4, "moe_topk": 2}
 TP2 = {"tensor_model_parallel_size": 2, "sequence_parallel": True}
 EP2 = {"expert_model_parallel_size": 2}
