@@ -1,6 +1,6 @@
 # Each target sets up .venv first where it is missing. Times: two CPU cores, installation apart.
-# make test-fast   tests that start no process: the loop while editing; about a minute
-# make test        every promise once, on TP2, PP2, DP2, EP2 and TP2 x DP2; about 15 minutes
+# make test-fast   tests that start no process: the loop while editing; 75 s
+# make test        every promise once, on TP2, PP2, DP2, EP2 and TP2 x DP2; 8 minutes
 # make test-all    make test, then the remaining layouts and cases
 # make test-slow   the tests that CI has no time for
 # make lint        ruff, mypy and bandit             make check       lint and test-all, as CI does
