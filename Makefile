@@ -62,10 +62,11 @@ FUZZ_EXAMPLES ?= 20000
 test-fuzz: setup
 	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(VENV)/bin/python -m pytest --timeout 0 tests/fuzz
 
-# Contracts with Megatron-Core, checkpoints, and a dense and an expert training on TP2, in an environment for each version.
+# Contracts with Megatron-Core, checkpoints, and recorded losses (dense and experts, TP2 among others), in an environment
+# for each version.
 VERSIONS ?= 0.17.1 0.18.2
 VERSION_TESTS = tests/unit/test_versions.py tests/unit/test_common_state.py tests/distributed/test_saved_values.py \
-  $(wildcard tests/unit/test_megatron_contract.py)
+  tests/unit/test_megatron_contract.py tests/distributed/test_recorded_losses.py
 test-versions: $(addprefix test-version-,$(VERSIONS))
 test-version-%:
 	$(MAKE) --no-print-directory setup VENV=.venv-$* MEGATRON_CORE=$* PYTHON="$(PYTHON)"

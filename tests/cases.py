@@ -57,8 +57,8 @@ def kept(parameters: Iterable[Any], names: Collection[str]) -> list[Any]:
     """Return parameters of which ``make test`` takes ``names`` alone, and ``make test-all`` all.
 
     Args:
-        parameters: names, or tuples that begin with one.
+        parameters: names, or tuples of which the first element or the whole is a name.
         names: of those that `make test` takes.
     """
     given = [value if isinstance(value, tuple) else (value,) for value in parameters]
-    return [pytest.param(*value, marks=() if value[0] in names else pytest.mark.matrix) for value in given]
+    return [pytest.param(*v, marks=() if v[0] in names or v in names else pytest.mark.matrix) for v in given]

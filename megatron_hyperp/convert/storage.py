@@ -32,7 +32,7 @@ from megatron_hyperp.pickles import check_archive, load_metadata, load_values, r
 
 LAYERS, EXPERTS = "decoder.layers.", ".experts.experts."
 OPTIMIZER_STATE = "optimizer.state."
-# What Megatron-Core's reader of this format asks of the file beside the metadata; from 0.19 on only the first two.
+# Content of metadata.json that Megatron-Core's reader requires; from 0.19 on the first two entries alone.
 FORMAT = {
     "sharded_backend": BACKEND,
     "sharded_backend_version": BACKEND_VERSION,

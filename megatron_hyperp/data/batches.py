@@ -126,7 +126,10 @@ def filled_up(dataset: SampleDataset, *, planned: int, length: int) -> SampleDat
 
 
 def _prepare_process(_: int) -> None:
-    """Ignore what asks a rank to stop: launchers and terminals signal a rank's children, too."""
+    """Set up a loading process, by its number.
+
+    It ignores the signals that ask a rank to stop: launchers and terminals send them to a rank's children as well.
+    """
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     _ignore_lost_connections()

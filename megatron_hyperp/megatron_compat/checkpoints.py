@@ -20,17 +20,16 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader
 
 COMMON_FILE, METADATA_FILE, FORMAT_FILE = "common.pt", ".metadata", "metadata.json"
-# Key of the object, and of its only shard: a list with one dictionary.
-COMMON_KEY = "common_state"
-COMMON_OBJECT = f"{COMMON_KEY}/shard_0_1"
+# The object's only shard: a list with one dictionary.
+COMMON_OBJECT = "common_state/shard_0_1"
 BACKEND, BACKEND_VERSION = "torch_dist", 1
 
 
 def begin_save(state: dict[str, Any], folder: Path) -> Any:
     """Plan a save and write the common state; a collective call.
 
-    From 0.17 on Megatron-Core hands the writing to nvidia-resiliency-ext unless it is told otherwise: it fails without
-    that package, and has another queue and other reports than those of :mod:`async_saving` with it.
+    Megatron-Core's own writer is selected where there is a choice. From 0.17 on the default is nvidia-resiliency-ext's,
+    which fails without that package and does not report through :mod:`async_saving` with it.
 
     Args:
         state: sharded tensors and objects, and the common state.
@@ -80,9 +79,13 @@ def _with_common_file(folder: Path, common: dict[str, Any]) -> Iterator[Path]:
 
 
 def missing_data(folder: Path) -> str | None:
-    """Say what a checkpoint that this process has just written lacks: files, or parts of them; None if it is whole.
+    """Return what is missing from a checkpoint that this job has just written, or None if it is complete.
 
-    The metadata is read as torch reads it, which runs what a pickle names: only for one's own files.
+    Files and their sizes are compared with the metadata. The metadata is unpickled without restrictions, as torch does:
+    only for files that this job wrote itself.
+
+    Raises:
+        Exception: the metadata cannot be read.
     """
     if not (folder / COMMON_FILE).is_file():
         return f"{COMMON_FILE} is missing"

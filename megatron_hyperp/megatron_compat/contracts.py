@@ -263,7 +263,7 @@ CHECKPOINTS = (
     ),
     Contract(
         f"{_CHECKPOINTS}.save",
-        "writes checkpoints; told not to leave it to nvidia-resiliency-ext",
+        "selects Megatron-Core's own writer instead of nvidia-resiliency-ext's",
         keywords=("async_strategy",),
         first="0.17",
     ),

@@ -21,7 +21,7 @@ class _WithProduct:
         return product(x, weight)
 
     def _forward_impl(self, input: torch.Tensor, weight: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        original = super()._forward_impl  # type: ignore[misc]  # of the class beside this one
+        original = super()._forward_impl  # type: ignore[misc]  # Megatron-Core's layer, the other base class
         return self.multiply(lambda x, matrix: original(x, matrix, *args, **kwargs), input, weight)
 
 

@@ -13,8 +13,9 @@ WAITS_FOR_SENDS = Version("0.18.2")
 def frees_pipeline_outputs(virtual_stages: int, version: Version = megatron_core_version) -> bool:
     """Whether a stage's output may be freed as soon as its send has started, under CUDA.
 
-    The plain schedule waits for its sends. The interleaved one sends beside computation, and up to 0.18.1 frees the
-    output with the send under way: the next stage may receive what has since been written there.
+    The schedule without interleaving waits for its sends. The interleaved one overlaps sends with computation, and
+    before 0.18.2 frees an output whose send is still in progress: the next stage may receive what has since been
+    written there.
 
     Args:
         virtual_stages: model chunks of a rank.

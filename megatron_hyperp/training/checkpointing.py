@@ -391,10 +391,10 @@ def _is_complete(folder: Path) -> bool:
 
 
 def _missing(folder: Path) -> str | None:
-    """Say what a folder lacks of a complete checkpoint; None if it is one."""
-    lacking = [name for name in (CONFIG_FILE, FORMAT_FILE, METADATA_FILE) if not (folder / name).is_file()]
-    if lacking:
-        return f"{', '.join(lacking)} missing"
+    """Return what is missing from a complete checkpoint, or None if nothing is."""
+    absent = [name for name in (CONFIG_FILE, FORMAT_FILE, METADATA_FILE) if not (folder / name).is_file()]
+    if absent:
+        return f"{', '.join(absent)} missing"
     return None if has_common(folder) else f"{COMMON_FILE} is missing"
 
 

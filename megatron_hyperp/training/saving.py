@@ -250,14 +250,17 @@ def _checksums(folder: Path) -> dict[str, checksums.Checksum]:
 
 
 def _read_back(folder: Path) -> None:
-    """See that what has been written counts as a complete checkpoint, before it becomes one; a collective call.
+    """Check that what has been written is a complete checkpoint; a collective call.
 
     Raises:
-        UsageError: it does not.
+        UsageError: it is not, or cannot be read; on all ranks.
     """
     problem: list[str | None] = [None]
     if dist.get_rank() == 0:
-        problem = [fault(folder) or missing_data(folder)]
+        try:
+            problem = [fault(folder) or missing_data(folder)]
+        except Exception as error:  # a damaged file fails in any way; the other ranks wait for the answer
+            problem = [first_line(error)]
     dist.broadcast_object_list(problem, src=0)
     if problem[0] is not None:
         raise UsageError(

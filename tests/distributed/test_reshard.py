@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests import tolerances
-from tests.cases import Cases
+from tests.cases import Cases, kept
 from tests.toy import rows_of_run
 
 SAVED = {"tensor_model_parallel_size": 2}
@@ -61,10 +61,7 @@ def losses(cases: Callable[..., Cases], corpus: str) -> Cases:
     return made
 
 
-@pytest.mark.parametrize(
-    ("kind", "layout"),
-    [pytest.param(*case, marks=() if case in KEPT else pytest.mark.matrix) for case in CASES],
-)
+@pytest.mark.parametrize(("kind", "layout"), kept(CASES, KEPT))
 def test_the_next_losses_agree_with_the_uninterrupted_run(losses: Cases, kind: str, layout: str) -> None:
     whole, resumed = losses[kind, "whole"], losses[kind, layout]
     assert sorted(resumed) == [6, 7, 8, 9, 10]

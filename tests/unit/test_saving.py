@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import pickle
 from dataclasses import dataclass
+from pathlib import Path
 from queue import Empty, Queue
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.megatron_compat.async_saving import _Packed
+from megatron_hyperp.training import saving
 from megatron_hyperp.training.saving import _check_finite
 from tests.toy import one_rank
 
@@ -37,3 +40,18 @@ def test_each_of_several_shards_of_one_name_must_be_finite() -> None:
         _check_finite({"model": [Shard("w", sound), Shard("w", sound)], "steps": 3}, 5)
         with pytest.raises(UsageError, match="w of rank 0 is not finite after iteration 5, so nothing is saved"):
             _check_finite({"model": [Shard("w", bad), Shard("w", sound)]}, 5)
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), pickle.UnpicklingError("no pickle")])
+def test_a_save_that_cannot_be_read_back_is_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On all ranks: rank 0 reads, and the others wait for its answer, whatever goes wrong."""
+
+    def fails(_: Path) -> str | None:
+        raise error
+
+    monkeypatch.setattr(saving, "fault", fails)
+    with one_rank(), pytest.raises(UsageError, match=r"is not complete .*(Input/output error|no pickle)") as caught:
+        saving._read_back(tmp_path)
+    assert caught.value.same_on_all_ranks
