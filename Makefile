@@ -1,5 +1,5 @@
 # Each target sets up .venv first where it is missing. Times: two CPU cores, installation apart.
-# make test-fast   tests that start no process: the loop while editing; 75 s
+# make test-fast   small tests that start no process: the loop while editing; 50 s
 # make test        every promise once, on TP2, PP2, DP2, EP2 and TP2 x DP2; 8 minutes
 # make test-all    make test, then the remaining layouts and cases
 # make test-slow   the tests that CI has no time for

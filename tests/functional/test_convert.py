@@ -21,9 +21,9 @@ from megatron_hyperp.training.compatibility import check_compatible
 from megatron_hyperp.training.logging import read_metrics
 from tests import tolerances
 from tests.functional.launch import ROOT, environment, train, write_config
+from tests.integration.test_convert_huggingface import job
 from tests.random_source import write_random
 from tests.toy import EXPERTS, toy_config, write_corpus
-from tests.unit.test_convert_huggingface import job
 
 TP2 = ("--tensor-model-parallel-size", 2)
 EVERYTHING = {

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from tests.functional.launch import ROOT
-from tests.unit.test_rendezvous import HERE, program
+from tests.integration.test_rendezvous import HERE, program
 
 
 def test_the_entry_point_imports_no_torch_until_it_trains() -> None:

@@ -187,7 +187,7 @@ def test_code_objects_in_the_arguments(tmp_path: Path) -> None:
     assert MegatronSource(folder).reader.common["args"].attention_backend is AttnBackend.auto
     common["args"].thing = Foreign.THING
     torch.save(common, path)
-    with pytest.raises(UsageError, match=r"holds code objects \(tests.unit.test_convert_megatron.Foreign\)"):
+    with pytest.raises(UsageError, match=r"holds code objects \(tests.integration.test_convert_megatron.Foreign\)"):
         MegatronSource(folder)
 
 

@@ -18,8 +18,8 @@ from megatron_hyperp.convert.writing import Layout
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training import preflight
 from megatron_hyperp.training.schedule import Schedule
+from tests.integration.test_convert_huggingface import job
 from tests.random_source import RandomSource, model_config, write_random
-from tests.unit.test_convert_huggingface import job
 
 PROJ, GAIN = "decoder.layers.1.self_attention.linear_proj.weight", "decoder.final_layernorm.weight"
 

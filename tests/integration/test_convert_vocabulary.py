@@ -22,9 +22,9 @@ from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training.inference import model_on_one_rank
 from tests import tolerances
 from tests.hugging_face import write_tokenizer
+from tests.integration.test_convert_huggingface import TIED, job
 from tests.random_source import RandomSource, model_config, write_random
 from tests.toy import EXPERTS
-from tests.unit.test_convert_huggingface import TIED, job
 from tools import generate
 
 # Of the 64 rows of the toy model.

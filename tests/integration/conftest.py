@@ -1,0 +1,3 @@
+from tests.no_processes import commands_leave_by_exceptions, no_processes
+
+__all__ = ["commands_leave_by_exceptions", "no_processes"]
