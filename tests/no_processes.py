@@ -1,4 +1,4 @@
-"""Fixtures of the tests that run in the process of pytest and start no other (``tests/unit``, ``tests/integration``)."""
+"""Fixtures of tests that run in the process of pytest and start no other (``tests/unit``, ``tests/integration``)."""
 
 from __future__ import annotations
 
