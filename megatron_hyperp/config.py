@@ -170,9 +170,17 @@ class ParallelConfig:
 class OptimizerConfig:
     """The update rule. Unset values come from the optimizer's recipe, see ``megatron_hyperp.transfer.RECIPES``."""
 
-    optimizer: Literal["hyperp", "muonh", "muon", "adamw"] = knob(
-        "hyperp", "hyperp: MuonH with the transfer laws; muonh: without them; muon, adamw: baselines"
+    optimizer: Literal["hyperp", "muonh", "normuonh", "muon", "normuon", "adamw"] = knob(
+        "hyperp",
+        "hyperp: MuonH with the transfer laws; muonh: without them; normuonh: NorMuon on spheres, with them; muon,"
+        " normuon, adamw: baselines",
     )
+    optimizer_rule: str | None = knob(
+        None,
+        "update rule of hidden matrices in place of the optimizer's: a name, such as normuonh, or FILE.py:CLASS"
+        " (docs/api.md); the optimizer's laws and defaults stay",
+    )
+    router_rule: str | None = knob(None, "update rule of routers, such as adamw [that of hidden matrices]")
     lr: float | None = knob(None, "peak learning rate; set, it overrides the transfer law", POSITIVE)
     min_lr: float | None = knob(None, "learning rate at the end of the decay [0.1 x lr]")
     lr_decay_style: Literal["linear", "cosine", "WSD", "constant"] = knob("linear", "shape of the decay")
@@ -227,9 +235,18 @@ class OptimizerConfig:
     )
 
     @property
-    def asks_for_gram(self) -> bool:
-        """Whether Newton-Schulz is to run in Gram form, for which bf16 is too coarse."""
-        return "gram" in (self.ns_form, self.ns_strategy)
+    def has_spheres(self) -> bool:
+        """Whether hidden matrices are trained on spheres.
+
+        Raises:
+            UsageError: ``--optimizer-rule`` names no rule.
+        """
+        if self.optimizer_rule is None:
+            return transfer.RECIPES[self.optimizer].spheres
+        # It imports torch, which a command line does without until it trains.
+        from megatron_hyperp.optim.rules import rule_class
+
+        return rule_class(self.optimizer_rule).on_sphere
 
 
 @dataclass(kw_only=True, slots=True)

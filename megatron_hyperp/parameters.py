@@ -25,11 +25,16 @@ ROLES: dict[str, tuple[str, ...]] = {
         "*.mlp.linear_fc2.weight",
         "*.mlp.shared_experts.linear_fc[12].weight",
         "*.mlp.experts.local_experts.*.linear_fc[12].weight",
-        "*.mlp.router.weight",
     ),
+    "router": ("*.mlp.router.weight",),
     "vector": ("*norm.weight", "*.layer_norm_weight", "*.bias"),
 }
 
+
+# Roles whose updates are steps of whole matrices; an embedding is a table of vectors.
+MATRIX_ROLES = ("hidden", "router", "output")
+# What matrices are part of; the other parameters are of the family of their role.
+FAMILIES = ("attention", "mlp", "experts", "router")
 
 # Of a grouped layer of experts: experts.linear_fc1.weight3
 _GROUPED = re.compile(r"(\.experts)\.(linear_fc[12])\.weight(\d+)$")
@@ -86,6 +91,36 @@ def role_of(name: str, parameter: torch.Tensor) -> str:
     return role
 
 
+def role_of_any(name: str, parameter: torch.Tensor) -> str:
+    """Return the role of a parameter of any Megatron-Core model: by name where :data:`ROLES` knows it, else by shape.
+
+    A matrix is an embedding or output layer if Megatron-Core marks it so (``is_embedding_or_output_parameter``) or its
+    name says so, a router by name, and hidden otherwise. Whatever is no matrix is a "vector".
+    """
+    try:
+        return role_of(name, parameter)
+    except ValueError:
+        if parameter.ndim != 2:
+            return "vector"
+    if "output_layer" in name:
+        return "output"
+    if getattr(parameter, "is_embedding_or_output_parameter", False) or "embedding" in name:
+        return "embedding"
+    return "router" if name.endswith("router.weight") else "hidden"
+
+
+def family_of(name: str, role: str) -> str:
+    """Return what a parameter is part of: one of :data:`FAMILIES` for matrices of layers, else its role.
+
+    Shared experts are of the family "mlp".
+    """
+    if role != "hidden":
+        return role
+    if "attention." in name:
+        return "attention"
+    return "experts" if ".experts." in name else "mlp"
+
+
 def role_by_name(name: str, more: str = "") -> str:
     """Return the one role of a name.
 
@@ -123,7 +158,8 @@ def is_expert(parameter: torch.Tensor) -> bool:
 class Block:
     """A part of a rank's parameter [d_out, d_in]: the same rows of each of several equal groups of rows.
 
-    The groups are the key-value groups of a fused QKV weight; anywhere else there is one. A vector counts as [n, 1].
+    The groups are the key-value groups of a fused QKV weight; anywhere else there is one. A vector counts as [n, 1],
+    and what has more than two dimensions as [n, the rest].
 
     Attributes:
         groups: equal groups into which the parameter's rows are cut.
@@ -142,7 +178,8 @@ class Block:
     @classmethod
     def whole(cls, parameter: torch.Tensor) -> Block:
         """The whole parameter."""
-        return cls(1, 0, parameter.shape[0], 0, parameter.shape[1] if parameter.ndim > 1 else 1)
+        rows = parameter.shape[0]
+        return cls(1, 0, rows, 0, parameter.numel() // rows)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -69,10 +69,10 @@ def _check_fp8(config: Config) -> None:
                 f"--fp8-weight-scale sphere gives one scale a matrix, which --fp8-recipe {training.fp8_recipe} has not;"
                 " give tensorwise"
             )
-        if config.optimizer.optimizer not in ("hyperp", "muonh"):
+        if not config.optimizer.has_spheres:
             raise UsageError(
                 f"--fp8-weight-scale sphere needs weights on spheres, which --optimizer {config.optimizer.optimizer}"
-                " leaves; give hyperp or muonh"
+                " leaves; give hyperp, muonh or normuonh"
             )
 
 

@@ -494,7 +494,7 @@ def _check_radius(config: Config) -> None:
         ("--radius-scale", config.optimizer.radius_scale != 1.0, "is a factor on radii from shapes"),
         ("--matrix-split", config.optimizer.matrix_split != "fused", "makes matrices of which none were measured"),
         ("--fp8-weight-scale sphere", config.training.fp8_weight_scale == "sphere", "takes radii from shapes"),
-        (f"--optimizer {optimizer}", optimizer not in ("hyperp", "muonh"), "has no spheres"),
+        (f"--optimizer {optimizer}", not config.optimizer.has_spheres, "has no spheres"),
     ):
         if given:
             raise UsageError(f"--radius from-weights: {flag} {why}; leave one of them out")

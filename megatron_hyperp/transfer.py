@@ -30,6 +30,7 @@ class Recipe:
         depth_mup: residual branches times 1/sqrt(2L).
         decay_law: weight decay times d0/d (arXiv 2512.05620).
         width_mup: learning rate of hidden matrices, and logits, times w0/w (muP for Adam).
+        spheres: hidden matrices are trained on spheres.
     """
 
     eta0: float
@@ -41,11 +42,12 @@ class Recipe:
     depth_mup: bool = False
     decay_law: bool = False
     width_mup: bool = False
+    spheres: bool = False
 
 
 # eta0: MuonH with QK-norm from the HyperP paper (1.5e-2 dense, 1.4e-2 mixture of experts); muP AdamW and the weight
-# decay 0.1 from ArchScale's defaults. The Muon baseline has no published base value for this parametrisation: tune it
-# before a comparison.
+# decay 0.1 from ArchScale's defaults. The Muon and NorMuon baselines have no published base value for this
+# parametrisation, and NorMuonH has MuonH's: tune them before a comparison.
 RECIPES: dict[str, Recipe] = {
     "hyperp": Recipe(
         eta0=1.5e-2,
@@ -55,9 +57,29 @@ RECIPES: dict[str, Recipe] = {
         token_law=True,
         batch_law=True,
         depth_mup=True,
+        spheres=True,
     ),
-    "muonh": Recipe(eta0=1.5e-2, moe_eta0=1.4e-2, weight_decay=0.0),
+    "muonh": Recipe(eta0=1.5e-2, moe_eta0=1.4e-2, weight_decay=0.0, spheres=True),
+    "normuonh": Recipe(
+        eta0=1.5e-2,
+        moe_eta0=1.4e-2,
+        weight_decay=0.0,
+        depth_law=True,
+        token_law=True,
+        batch_law=True,
+        depth_mup=True,
+        spheres=True,
+    ),
     "muon": Recipe(
+        eta0=1.5e-2,
+        moe_eta0=1.5e-2,
+        weight_decay=0.1,
+        depth_law=True,
+        batch_law=True,
+        depth_mup=True,
+        decay_law=True,
+    ),
+    "normuon": Recipe(
         eta0=1.5e-2,
         moe_eta0=1.5e-2,
         weight_decay=0.1,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from megatron_hyperp import arguments, device
-from megatron_hyperp.model.fp8 import LARGEST, quantized, round_trip, sphere_scale
+from megatron_hyperp.model.fp8 import quantized, sphere_scale
+from megatron_hyperp.numerics.fp8 import LARGEST, round_trip
 from megatron_hyperp.training.logging import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]

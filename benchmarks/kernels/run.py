@@ -23,8 +23,8 @@ from megatron_hyperp.arguments import load_yaml
 from megatron_hyperp.config import Config
 from megatron_hyperp.errors import run_command
 from megatron_hyperp.optim import sphere
-from megatron_hyperp.optim.muonh import momentum_
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
+from megatron_hyperp.optim.rules.muon import momentum_
 
 QUICKSTART = Path(__file__).resolve().parents[2] / "examples/configs/quickstart.yaml"
 WARM_UPS = 2

@@ -113,9 +113,9 @@ def _take(case: Case, repeats: int) -> Taken:
 @contextmanager
 def _newton_schulz_counted() -> Iterator[list[float]]:
     """Within, optimizers are built whose Newton-Schulz adds its FLOPs to the list."""
-    from megatron_hyperp.optim import distributed
+    from megatron_hyperp.optim.rules import base
 
-    original, found = distributed.orthogonalize_family, list[float]()
+    original, found = base.orthogonalize_family, list[float]()
 
     def counting(*args: Any, **kwargs: Any) -> Any:
         with FlopCounterMode(display=False) as counter:
@@ -123,5 +123,5 @@ def _newton_schulz_counted() -> Iterator[list[float]]:
         found.append(counter.get_total_flops())
         return result
 
-    with patch.object(distributed, "orthogonalize_family", counting):
+    with patch.object(base, "orthogonalize_family", counting):
         yield found

@@ -21,14 +21,15 @@ from benchmarks.optimizer_step.others import (
 from benchmarks.optimizer_step.slices import Slice, config_of
 from megatron_hyperp.config import Config
 from megatron_hyperp.model.build import transformer_config
-from megatron_hyperp.optim import distributed
 from megatron_hyperp.optim.buckets import Bucket
 from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
-from megatron_hyperp.optim.distributed import HyperPOptimizer, get_hyperp_optimizer
-from megatron_hyperp.optim.routing import route
+from megatron_hyperp.optim.distributed import HyperPOptimizer
+from megatron_hyperp.optim.rules import base
 from megatron_hyperp.optim.tensor_parallel import AUTO, MACHINES, STRATEGIES, Cost, Job, costs, taken
+from megatron_hyperp.optimizer_options import routes_of
 from megatron_hyperp.parameters import REPLICATED, mark_expert_parameters, named_parameters
 from megatron_hyperp.planning.inventory import shapes
+from megatron_hyperp.training.setup import optimizer_of
 
 
 def _random(shape: tuple[int, ...], dim: int, seed: int) -> torch.Tensor:
@@ -93,11 +94,11 @@ class Ours:
         [self._chunk] = wrap_for_data_parallelism(
             transformer_config(config), [module], overlap_grad_reduce=False, overlap_param_gather=False
         )
-        self._optimizer = get_hyperp_optimizer(config, [self._chunk])
+        self._optimizer = optimizer_of(config, [self._chunk])
         self.newton_schulz = planned(self._optimizer, config.optimizer.ns_strategy)
         self.state_bytes = self._optimizer.state_bytes()
         self._reduce = self.clock.around("exchange", self._reduce_gradients)
-        self._orthogonalize = self.clock.around("newton-schulz", distributed.orthogonalize_family)
+        self._orthogonalize = self.clock.around("newton-schulz", base.orthogonalize_family)
         self._fill, self._send, self._receive = (
             self.clock.around("exchange", call)
             for call in (Bucket.fill_slot, Bucket.start_gather, Bucket.finish_gather)
@@ -112,7 +113,7 @@ class Ours:
     def step(self) -> None:
         """Do what Megatron-Core's schedules do after the last backward pass, and the step."""
         with (
-            patch.object(distributed, "orthogonalize_family", self._orthogonalize),
+            patch.object(base, "orthogonalize_family", self._orthogonalize),
             patch.multiple(Bucket, fill_slot=self._fill, start_gather=self._send, finish_gather=self._receive),
         ):
             self._reduce()
@@ -135,15 +136,8 @@ class Others:
         module = stand_in(config)
         self.parameters = list(module.parameters())
         self.clock = Clock()
-        routes = route(
-            named_parameters(module),
-            optimizer=config.optimizer.optimizer,
-            tensor_parallel_size=config.parallel.tensor_model_parallel_size,
-            expert_tensor_parallel_size=config.parallel.expert_tensor_parallel_size,
-            output_init_std=config.model.output_init_std,
-        )
         self._stepper = Replicated(
-            routes,
+            routes_of(config, named_parameters(module)),
             config.optimizer,
             tensor=parallel_state.get_tensor_model_parallel_group(),
             data=parallel_state.get_data_parallel_group(),
@@ -165,10 +159,10 @@ class Others:
 
 def planned(optimizer: HyperPOptimizer, strategy: str) -> list[Cost]:
     """Return what the cost model says of this rank's families."""
-    newton_schulz, result = optimizer.newton_schulz, []
+    result = []
     for family in optimizer.families:
-        first = family.routes[0]
-        if first.orthogonalized:
+        first, newton_schulz = family.routes[0], family.rule.newton_schulz
+        if newton_schulz is not None:
             job = Job(len(family.routes), first.shape[0], first.shape[1], family.share_dim, family.share_group.size())
             result.append(costs(job, newton_schulz)[taken(job, newton_schulz, MACHINES["cpu"], strategy)])
     return result

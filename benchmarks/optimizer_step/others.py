@@ -16,10 +16,10 @@ import torch.distributed as dist
 from benchmarks.optimizer_step.measuring import Clock
 from megatron_hyperp.config import OptimizerConfig
 from megatron_hyperp.optim import sphere
-from megatron_hyperp.optim.adamh import adam_direction_
-from megatron_hyperp.optim.muonh import momentum_
 from megatron_hyperp.optim.orthogonalize import coefficient_schedule
 from megatron_hyperp.optim.routing import Route
+from megatron_hyperp.optim.rules.adam import adam_direction_
+from megatron_hyperp.optim.rules.muon import momentum_
 from megatron_hyperp.optim.tensor_parallel import Cost
 from megatron_hyperp.parameters import REPLICATED
 
@@ -113,7 +113,7 @@ class Replicated:
         self._buffer = torch.zeros(sum(entry.parameter.numel() for entry in routes))
         pieces = self._buffer.split([entry.parameter.numel() for entry in routes])
         self.gradients = [piece.view(entry.block.shape) for piece, entry in zip(pieces, routes, strict=True)]
-        moments = [1 if entry.orthogonalized else 2 for entry in routes]
+        moments = [1 if entry.rule.needs_matrix else 2 for entry in routes]
         self.state = [
             [torch.zeros_like(gradient) for _ in range(count)]
             for gradient, count in zip(self.gradients, moments, strict=True)
@@ -155,7 +155,7 @@ class Replicated:
 
     def _direction(self, entry: Route, gradient: torch.Tensor, state: Sequence[torch.Tensor]) -> torch.Tensor:
         options = self.options
-        if entry.orthogonalized:
+        if entry.rule.needs_matrix:
             [momenta] = state
             update = momentum_(momenta, gradient, momentum=options.muon_momentum, nesterov=options.muon_nesterov)
             # What every rank holds whole is not sharded.
@@ -183,6 +183,6 @@ class Replicated:
     def costs(self, cost_of: Callable[[int, int, int, int], Cost]) -> list[Cost]:
         """Return what Newton-Schulz costs this rank, by matrix."""
         jobs = [
-            (*entry.shape, entry.partition_dim, self.tensor.size()) for entry in self.routes if entry.orthogonalized
+            (*entry.shape, entry.partition_dim, self.tensor.size()) for entry in self.routes if entry.rule.needs_matrix
         ]
         return list(starmap(cost_of, jobs))

@@ -13,8 +13,8 @@ from megatron_hyperp.config import ModelConfig
 from megatron_hyperp.convert.hyperp import HyperPSource
 from megatron_hyperp.convert.source import Source
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.optim.routing import RULES, SPHERE_RULES
 from megatron_hyperp.optim.sphere import sphere_radius
+from megatron_hyperp.optimizer_options import rule_classes
 from megatron_hyperp.parameters import role_by_name
 from megatron_hyperp.training.checkpointing import complete_checkpoints
 
@@ -58,8 +58,7 @@ class AverageSource(Source):
                 )
         self.config = copy.deepcopy(last.config)
         self.extras = last.extras
-        spheres = set(RULES[self.config.optimizer.optimizer].values()) & set(SPHERE_RULES)
-        if spheres and self.config.optimizer.matrix_split != "fused":
+        if self.config.optimizer.has_spheres and self.config.optimizer.matrix_split != "fused":
             raise UsageError(
                 f"--average keeps fused matrices on their spheres, but those of the run are by"
                 f" {self.config.optimizer.matrix_split} (--matrix-split); average runs with fused"
@@ -89,7 +88,7 @@ def _model(source: Source) -> ModelConfig:
 def radius_of(source: Source, name: str) -> float | None:
     """Return the radius of a parameter's sphere; None off the sphere."""
     role, options = role_by_name(name), source.config.optimizer
-    if RULES[options.optimizer][role] not in SPHERE_RULES:
+    if not rule_classes(options)[role].on_sphere:
         return None
     if source.extras.radii is not None:
         return source.extras.radii[name]

@@ -13,7 +13,8 @@ from megatron_hyperp.config import Config
 from megatron_hyperp.convert.hyperp import HyperPSource, stored_items
 from megatron_hyperp.convert.source import slab_of
 from megatron_hyperp.convert.storage import OPTIMIZER_STATE, Slab
-from megatron_hyperp.optim.routing import Route, routes_of
+from megatron_hyperp.optim.routing import Route
+from megatron_hyperp.optimizer_options import routes_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,7 @@ def weight_rows(source: HyperPSource) -> Iterator[Row]:
         first = routes[0]
         off = [abs(_norm(route.block.of(tensor)) / route.radius - 1) for route in routes if route.radius is not None]
         deviation = max(off) if off else None
-        yield Row(name, tuple(tensor.shape), tensor.dtype, _norm(tensor), first.rule, first.radius, deviation)
+        yield Row(name, tuple(tensor.shape), tensor.dtype, _norm(tensor), first.rule.name, first.radius, deviation)
 
 
 def state_rows(source: HyperPSource) -> Iterator[Row]:

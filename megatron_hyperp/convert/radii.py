@@ -6,7 +6,7 @@ import torch
 
 from megatron_hyperp.convert.source import Source
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.optim.routing import RULES, SPHERE_RULES
+from megatron_hyperp.optimizer_options import rule_classes
 from megatron_hyperp.parameters import role_by_name
 
 
@@ -18,9 +18,9 @@ def take_radii_from_weights(source: Source) -> None:
     """
     options = source.config.optimizer
     options.radius = "from-weights"
-    radii = {}
+    radii, rules = {}, rule_classes(options)
     for name in source.parameters:
-        if RULES[options.optimizer][role_by_name(name)] in SPHERE_RULES:
+        if rules[role_by_name(name)].on_sphere:
             radii[name] = float(torch.linalg.vector_norm(source.read(name), dtype=torch.float64))
             if not 0.0 < radii[name] < float("inf"):
                 raise UsageError(f"{name} has the norm {radii[name]:g}, which is no radius; leave out --radius")

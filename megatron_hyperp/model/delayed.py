@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from megatron_hyperp import device
 from megatron_hyperp.config import Config
-from megatron_hyperp.model.fp8 import LARGEST, Emulation, Fp8Recipe, Role, largest_elements, of_rows, round_trip
+from megatron_hyperp.model.fp8 import Emulation, Fp8Recipe, Role, largest_elements, of_rows
+from megatron_hyperp.numerics.fp8 import LARGEST, round_trip
 
 ROLES: tuple[Role, ...] = ("input", "weight", "gradient")
 

@@ -19,14 +19,12 @@ from megatron.core import parallel_state
 
 from megatron_hyperp.config import Config
 from megatron_hyperp.megatron_compat.layers import ColumnParallelLinear, Product, RowParallelLinear
+from megatron_hyperp.numerics.fp8 import LARGEST, Format, WeightScale, round_trip, scale_of
 from megatron_hyperp.optim.sphere import muonh_radius
 from megatron_hyperp.parameters import global_shape, is_expert
 
-Format = Literal["e4m3", "e5m2"]
 Scaling = Literal["tensorwise", "rowwise", "blockwise", "mxfp8"]
 Role = Literal["input", "weight", "gradient"]
-DTYPES: dict[str, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
-LARGEST = {name: torch.finfo(dtype).max for name, dtype in DTYPES.items()}
 # Elements of a row that share a scale; blockwise scales of weights are those of squares (arXiv 2412.19437).
 BLOCK = {"blockwise": 128, "mxfp8": 32}
 # A weight this many times the RMS is clipped under static scales. Trained matrices on their spheres stay far below it,
@@ -53,35 +51,6 @@ class Fp8Recipe:
     def format(self, role: Role) -> Format:
         """The format of inputs, weights or gradients."""
         return self.gradients if role == "gradient" else "e4m3"
-
-
-def round_trip(x: torch.Tensor, fmt: Format, scale: torch.Tensor) -> torch.Tensor:
-    """Round to FP8 and back: x times ``scale``, clamped to the format's range, over ``scale``.
-
-    Args:
-        x: of any floating dtype, which the result keeps.
-        fmt: a key of :data:`DTYPES`.
-        scale: broadcasts against x.
-    """
-    return (encoded(x, fmt, scale).float() / scale).to(x.dtype)
-
-
-def encoded(x: torch.Tensor, fmt: Format, scale: torch.Tensor) -> torch.Tensor:
-    """Round to FP8: x times ``scale``, clamped to the format's range, in the format's dtype; else as round_trip."""
-    largest = LARGEST[fmt]
-    return (x.float() * scale).clamp(-largest, largest).to(DTYPES[fmt])
-
-
-def scale_of(amax: torch.Tensor, fmt: Format, *, power_of_two: bool = False) -> torch.Tensor:
-    """Return what brings the largest element to the format's largest number; 1 where all elements are 0.
-
-    Args:
-        amax: largest absolute values.
-        fmt: a key of :data:`DTYPES`.
-        power_of_two: take the next power of two below, as e8m0 scales do.
-    """
-    scale = torch.where(amax > 0, LARGEST[fmt] / amax.clamp_min(1e-30), torch.ones_like(amax))
-    return torch.exp2(torch.floor(torch.log2(scale))) if power_of_two else scale
 
 
 def largest_elements(x: torch.Tensor, rows: list[int] | None) -> torch.Tensor:
@@ -158,19 +127,6 @@ def fp8_layers(chunk: torch.nn.Module, config: Config) -> Iterator[Any]:
     for layer in chunk.modules():
         if hasattr(layer, "self_attention") and training.num_layers_at_start_in_bf16 < layer.layer_number <= last:
             yield layer
-
-
-@dataclass(frozen=True, slots=True)
-class WeightScale:
-    """Where the scale of a weight comes from, tensorwise.
-
-    Attributes:
-        fixed: the scale itself, of the sphere; None: from the largest element.
-        group: ranks that hold the other parts of the matrix and share its scale; None where each part has its own.
-    """
-
-    fixed: float | None
-    group: dist.ProcessGroup | None
 
 
 def is_rounded(name: str, parameter: torch.Tensor) -> bool:

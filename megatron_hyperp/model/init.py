@@ -37,7 +37,7 @@ def initialize(chunk: torch.nn.Module, config: Config) -> None:
         shape = global_shape(parameter, ranks)
         whole = torch.empty(shape, dtype=torch.float32, device=parameter.device)
         generator = torch.Generator(device=parameter.device).manual_seed(_seed(config.training.seed, key))
-        if role == "hidden":
+        if role in ("hidden", "router"):
             bound = 1.0 / math.sqrt(shape[1])
             whole.uniform_(-bound, bound, generator=generator)
         else:

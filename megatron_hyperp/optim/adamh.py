@@ -1,40 +1,13 @@
-"""AdamH: Adam's direction on the hypersphere (arXiv 2603.28743), for the output layer; and Adam's direction itself."""
+"""AdamH: Adam's direction on the hypersphere (arXiv 2603.28743), for matrices that one rank holds whole."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from megatron_hyperp.optim.rules.adam import AdamHRule
 from megatron_hyperp.optim.sphere import SphereOptimizer, adamh_radius
-
-
-def adam_direction_(
-    exp_avg: torch.Tensor,
-    exp_avg_sq: torch.Tensor,
-    gradients: torch.Tensor,
-    *,
-    step: int,
-    betas: tuple[float, float] = (0.9, 0.95),
-    eps: float = 1e-8,
-) -> torch.Tensor:
-    """Update both moments in place and return m^/(sqrt(v^) + eps), bias-corrected (Adam, arXiv 1412.6980).
-
-    Args:
-        exp_avg: first moment, fp32, any shape.
-        exp_avg_sq: second moment, the same shape.
-        gradients: the same shape.
-        step: number of this step, from 1.
-        betas: decays of the moments.
-        eps: added to the root.
-    """
-    beta1, beta2 = betas
-    exp_avg.lerp_(gradients, 1.0 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(gradients, gradients, value=1.0 - beta2)
-    root = exp_avg_sq.sqrt().div_(math.sqrt(1.0 - beta2**step)).add_(eps)
-    return exp_avg.div(root).div_(1.0 - beta1**step)
 
 
 class AdamH(SphereOptimizer):
@@ -75,15 +48,6 @@ class AdamH(SphereOptimizer):
         """Return init_std sqrt(d_out d_in)."""
         return adamh_radius(parameter.shape[0], parameter.shape[1], group["init_std"])
 
-    def directions(
-        self, family: Sequence[torch.Tensor], gradients: torch.Tensor, group: dict[str, Any]
-    ) -> torch.Tensor:
-        """Return Adam's directions."""
-        exp_avg = self.stacked_state(family, "exp_avg")
-        exp_avg_sq = self.stacked_state(family, "exp_avg_sq")
-        direction = adam_direction_(
-            exp_avg, exp_avg_sq, gradients, step=group["steps_taken"], betas=group["betas"], eps=group["eps"]
-        )
-        self.keep_state(family, "exp_avg", exp_avg)
-        self.keep_state(family, "exp_avg_sq", exp_avg_sq)
-        return direction
+    def rule(self, group: dict[str, Any]) -> AdamHRule:
+        """Return the rule that a group's hyperparameters make."""
+        return AdamHRule(betas=group["betas"], eps=group["eps"])

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -62,13 +62,19 @@ class _Stack:
     def owners(self) -> set[int]:
         return {share.rank for share in self.shares}
 
-    def live_in(self, weights: torch.Tensor, gradients: torch.Tensor) -> None:
-        """Move to two buffers of at least ``size`` elements: weights with their values, gradients zero."""
+    def live_in(self, weights: torch.Tensor, gradients: torch.Tensor | None) -> None:
+        """Move to two buffers of at least ``size`` elements: weights with their values, gradients zero.
+
+        Args:
+            weights: the weights' buffer.
+            gradients: that of the gradients; None: they stay where they are.
+        """
         first = self.parameters[0]
         for index, parameter in enumerate(self.parameters):
             extent = slice(index * self.stride, index * self.stride + first.numel())
             parameter.data = weights[extent].view(first.shape).copy_(parameter.detach())
-            parameter.main_grad = gradients[extent].view(first.shape)  # type: ignore[attr-defined]
+            if gradients is not None:
+                parameter.main_grad = gradients[extent].view(first.shape)  # type: ignore[attr-defined]
 
 
 @dataclass(slots=True)
@@ -106,6 +112,9 @@ class Bucket:
         group: data-parallel ranks that replicate them.
     """
 
+    # Whether gradients live here and are reduced to their owners.
+    reduces: ClassVar[bool] = True
+
     def __init__(self, parameters: Sequence[torch.nn.Parameter], shares: Shares, group: dist.ProcessGroup) -> None:
         self.parameters = list(parameters)
         self.group = group
@@ -123,10 +132,10 @@ class Bucket:
         beside = [stack for stack in stacks if len(stack.owners) > 1]
         self._gradients_beside, self._weights_beside = self._buffers((sum(stack.size for stack in beside),))
         for stack, (rank, offset) in self._whole:
-            stack.live_in(self.weights[rank, offset:], self.gradients[rank, offset:])
+            stack.live_in(self.weights[rank, offset:], self.gradients[rank, offset:] if self.reduces else None)
         offset = 0
         for stack in beside:
-            stack.live_in(self._weights_beside[offset:], self._gradients_beside[offset:])
+            stack.live_in(self._weights_beside[offset:], self._gradients_beside[offset:] if self.reduces else None)
             offset += stack.size
 
     def _buffers(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -216,6 +225,22 @@ class Bucket:
         self._receive()
         for copied in self._copied:
             copied.weights().copy_(copied.within(self.weights))
+
+
+class WeightBucket(Bucket):
+    """A bucket of weights alone: Megatron-Core's DistributedDataParallel has reduced the gradients where they are."""
+
+    reduces = False
+
+    def _buffers(self, shape: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+        first = self.parameters[0]
+        # Sizes without memory: nothing reads or writes it.
+        return torch.zeros(shape, device="meta"), torch.zeros(shape, dtype=first.dtype, device=first.device)
+
+    @property
+    def held(self) -> tuple[int, int]:
+        """Bytes of weights, and 0 for gradients."""
+        return super().held[0], 0
 
 
 def _alike(parameters: Sequence[torch.nn.Parameter], shares: Shares) -> list[_Stack]:

@@ -34,20 +34,26 @@ def sharded_weights(
 
 
 def sharded_state(
-    weight: ShardedTensor | ShardedTensorFactory, block: Block, state: torch.Tensor, name: str
+    weight: ShardedTensor | ShardedTensorFactory,
+    block: Block,
+    state: torch.Tensor,
+    name: str,
+    *,
+    by_row: bool = False,
 ) -> list[ShardedTensor]:
     """Describe the state of one block of a weight.
 
     Args:
         weight: the whole local weight's entry in the model's sharded state dict.
         block: the part of it that the state belongs to.
-        state: [rows, columns] of the block.
+        state: [rows, columns] of the block, or [rows, 1] for one number for each row.
         name: of the state, such as "exp_avg".
+        by_row: whether it has one number for each row.
 
     Returns:
         One sharded tensor, a view of ``state``, for each run of rows that is contiguous in the global weight.
     """
-    grouped = state.view(block.groups, block.rows, block.columns)
+    grouped = state.view(block.groups, block.rows, -1)
     rows_per_group = _rows(weight) // block.groups
     result = []
     for first_row, part in _row_ranges(weight):
@@ -57,7 +63,7 @@ def sharded_state(
             high = min(start + block.rows, first_row + part.local_shape[0])
             if low < high:
                 taken = grouped[group, low - start : high - start]
-                result.append(_entry(part, low - first_row, block.column, taken, name))
+                result.append(_entry(part, low - first_row, block.column, taken, name, by_row))
     return result
 
 
@@ -76,24 +82,33 @@ def _row_ranges(weight: ShardedTensor | ShardedTensorFactory) -> list[tuple[int,
     return ranges
 
 
-def _entry(part: ShardedTensor, row: int, column: int, state: torch.Tensor, name: str) -> ShardedTensor:
-    """Describe [rows, columns] of state that begin at a row and column of ``part``."""
-    vector = len(part.local_shape) == 1
-    data = state[:, 0] if vector else state
-    within = (row,) if vector else (row, column)
+def _entry(part: ShardedTensor, row: int, column: int, state: torch.Tensor, name: str, by_row: bool) -> ShardedTensor:
+    """Describe [rows, columns] of state that begin at a row and column of ``part``, or [rows, 1] if ``by_row``."""
     # Layers that are stacked in one global tensor have leading axes of size 1 here.
-    prepended = part.prepend_axis_num
-    data = data.view((1,) * prepended + tuple(data.shape))
-    offset = [base + more for base, more in zip(part.global_offset[prepended:], within, strict=True)]
+    prepended, inner = part.prepend_axis_num, part.local_shape[1:]
+    shape, offset = list(part.global_shape), list(part.global_offset)
+    offset[prepended] += row
+    replica = 0
+    if len(inner) == 1:
+        offset[-1] += column
+    if by_row and inner:
+        # One number for each row: ranks, or blocks, that split the columns all have it, and the first one saves it.
+        replica = int(any(offset[prepended + 1 :]))
+        shape[prepended + 1 :] = [1] * len(inner)
+        offset[prepended + 1 :] = [0] * len(inner)
+        inner = (1,) * len(inner)
+    elif len(inner) == 1:
+        inner = (state.shape[1],)
+    data = state.view((1,) * prepended + (len(state), *inner))
     return ShardedTensor(
         key=f"optimizer.state.{name}.{part.key}",
         data=data,
         dtype=data.dtype,
         local_shape=tuple(data.shape),
-        global_shape=part.global_shape,
-        global_offset=(*part.global_offset[:prepended], *offset),
+        global_shape=tuple(shape),
+        global_offset=tuple(offset),
         # Blocks of unequal size are no regular grid.
         axis_fragmentations=None,
         # The last number counts data-parallel replicas, of which there are none: a block has one owner.
-        replica_id=(*part.replica_id[:-1], 0) if isinstance(part.replica_id, tuple) else 0,
+        replica_id=(*part.replica_id[:-1], replica) if isinstance(part.replica_id, tuple) else replica,
     )

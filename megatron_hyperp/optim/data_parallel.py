@@ -18,8 +18,8 @@ from megatron.core.distributed import DistributedDataParallelConfig, finalize_mo
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_hyperp.megatron_compat.data_parallel import DataParallelBase
-from megatron_hyperp.model.fp8 import WeightScale
-from megatron_hyperp.optim.buckets import Bucket, Shares, cut_into_buckets
+from megatron_hyperp.numerics.fp8 import WeightScale
+from megatron_hyperp.optim.buckets import Bucket, Shares, WeightBucket, cut_into_buckets
 from megatron_hyperp.optim.fp8_gather import Fp8Bucket, agree_on_scales
 
 
@@ -31,13 +31,26 @@ class Exchange:
     Args:
         overlap_grad_reduce: reduce buckets while the backward pass goes on.
         overlap_param_gather: gather weights while the next forward pass goes on.
+        reduces: whether gradients are reduced here; else Megatron-Core's DistributedDataParallel has done it.
+        average_over: data-parallel ranks by whose number gradients are divided; 1 for sums, which
+            ``calculate_per_token_loss`` of Megatron-Core divides by tokens.
     """
 
-    def __init__(self, *, overlap_grad_reduce: bool, overlap_param_gather: bool) -> None:
+    def __init__(
+        self,
+        *,
+        overlap_grad_reduce: bool = False,
+        overlap_param_gather: bool = False,
+        reduces: bool = True,
+        average_over: int = 1,
+    ) -> None:
+        self.reduces = reduces
+        self.average_over = average_over
         self.overlap_grad_reduce = overlap_grad_reduce
         self.overlap_param_gather = overlap_param_gather
         self.buckets: list[Bucket] = []
         self.bucket_of: dict[torch.nn.Parameter, Bucket] = {}
+        self._reduced = False
 
     def lay_out(
         self,
@@ -64,9 +77,10 @@ class Exchange:
             fp8 = None if scale is None else (scale.group,)
             kinds.setdefault((group_of(parameter), parameter.dtype, fp8), []).append(parameter)
         for (group, _, fp8), alike in kinds.items():
+            kind = Bucket if self.reduces else WeightBucket
             for bucket in cut_into_buckets(alike, shares, group.size(), bucket_size):
                 self.buckets.append(
-                    Bucket(bucket, shares, group) if fp8 is None else Fp8Bucket(bucket, shares, group, scales)
+                    kind(bucket, shares, group) if fp8 is None else Fp8Bucket(bucket, shares, group, scales)
                 )
         # In the order in which the backward pass completes them.
         position = {parameter: index for index, parameter in enumerate(parameters)}
@@ -97,10 +111,24 @@ class Exchange:
         self._start(complete_only=False)
 
     def finish_grad_sync(self) -> None:
-        """Start what has not been started and wait for all of it."""
+        """Start what has not been started and wait for all of it; nothing if that is done."""
+        if self._reduced or not self.reduces:
+            return
+        self._reduced = True
         self.start_grad_sync()
         for bucket in self.buckets:
             bucket.finish_reduce()
+            if self.average_over > 1:
+                bucket.scale(1.0 / self.average_over)
+
+    def zero(self) -> None:
+        """Zero the gradients that live here; expect those of the next batch."""
+        self._reduced = False
+        for parameter, bucket in self.bucket_of.items():
+            if bucket.reduces:
+                parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
+        for bucket in self.buckets:
+            bucket.zero()
 
     def start_param_sync(self, *, exact: bool = False) -> None:
         """Start to gather the weights from their owners; wait for them unless they overlap with the forward pass.
@@ -142,15 +170,10 @@ class DataParallel(DataParallelBase):  # type: ignore[misc]  # Megatron-Core has
         module: the chunk.
         exchange: the buckets of all chunks.
         first: whether it is the first chunk.
-
-    Raises:
-        ValueError: the config asks for gradients that are averaged over ranks.
     """
 
     def __init__(self, config: TransformerConfig, module: torch.nn.Module, exchange: Exchange, *, first: bool) -> None:
         super().__init__(config=config, module=module)
-        if not config.calculate_per_token_loss:
-            raise ValueError("calculate_per_token_loss is False; gradients are summed over ranks, not averaged: set it")
         # finalize_model_grads asks it for Megatron's FSDP.
         self.ddp_config = DistributedDataParallelConfig(
             grad_reduce_in_fp32=True,
@@ -220,11 +243,8 @@ class DataParallel(DataParallelBase):  # type: ignore[misc]  # Megatron-Core has
 
     def zero_grad_buffer(self) -> None:
         """Zero the gradients, before each batch."""
-        for parameter in self._trainable():
-            parameter.grad_added_to_main_grad = False  # type: ignore[attr-defined]
         if self._first:
-            for bucket in self.exchange.buckets:
-                bucket.zero()
+            self.exchange.zero()
 
     def start_param_sync(self, *_: Any, **__: Any) -> None:
         """Gather the weights from their owners; with overlap, only start to."""
@@ -238,10 +258,29 @@ def wrap_for_data_parallelism(
     *,
     overlap_grad_reduce: bool = False,
     overlap_param_gather: bool = False,
+    data_parallel_size: int = 1,
 ) -> list[DataParallel]:
-    """Wrap this rank's pipeline chunks and tell Megatron-Core's schedules, through ``config``, how to use them."""
-    exchange = Exchange(overlap_grad_reduce=overlap_grad_reduce, overlap_param_gather=overlap_param_gather)
+    """Wrap this rank's pipeline chunks and tell Megatron-Core's schedules, through ``config``, how to use them.
+
+    The schedules may be given the wrapped chunks, or the modules themselves.
+
+    Args:
+        config: of the model.
+        modules: its chunks on this rank.
+        overlap_grad_reduce: reduce gradients while the backward pass goes on.
+        overlap_param_gather: gather weights while the next forward pass goes on.
+        data_parallel_size: ranks over which gradients are averaged where ``config.calculate_per_token_loss`` is False.
+    """
+    exchange = Exchange(
+        overlap_grad_reduce=overlap_grad_reduce,
+        overlap_param_gather=overlap_param_gather,
+        average_over=1 if config.calculate_per_token_loss else data_parallel_size,
+    )
     chunks = [DataParallel(config, module, exchange, first=not index) for index, module in enumerate(modules)]
-    config.finalize_model_grads_func = finalize_model_grads
+
+    def finalize(_: Sequence[torch.nn.Module], *args: Any, **kwargs: Any) -> None:
+        finalize_model_grads(chunks, *args, **kwargs)
+
+    config.finalize_model_grads_func = finalize
     config.no_sync_func = [chunk.no_sync for chunk in chunks] if len(chunks) > 1 else chunks[0].no_sync
     return chunks

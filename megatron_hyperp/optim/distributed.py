@@ -9,7 +9,7 @@ Norms are of global matrices: one all-reduce of three numbers per matrix serves 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,25 +18,20 @@ from megatron.core.dist_checkpointing.mapping import ShardedStateDict, ShardedTe
 from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_hyperp import device
-from megatron_hyperp.config import Config
 from megatron_hyperp.megatron_compat.tensors import multiply_all_
-from megatron_hyperp.model.fp8 import WeightScale, weight_scales
 from megatron_hyperp.optim import sphere
-from megatron_hyperp.optim.adamh import adam_direction_
-from megatron_hyperp.optim.buckets import Share
 from megatron_hyperp.optim.checkpoint import sharded_state, sharded_weights
-from megatron_hyperp.optim.data_parallel import DataParallel, Exchange
-from megatron_hyperp.optim.domains import Domain, domains_of
+from megatron_hyperp.optim.data_parallel import Exchange
+from megatron_hyperp.optim.domains import Domain
 from megatron_hyperp.optim.families import Family, families_of
 from megatron_hyperp.optim.magnitudes import factors_in_range, rescale_, squared_norms
-from megatron_hyperp.optim.muonh import momentum_
 from megatron_hyperp.optim.observing import StepObserver, turned
+from megatron_hyperp.optim.options import HyperPConfig
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
-from megatron_hyperp.optim.routing import MATRIX_ROLES, SPHERE_RULES, describe, routes_of
 from megatron_hyperp.optim.soundness import GRADIENT, UPDATE, Fault, any_on_a_rank, find_fault
-from megatron_hyperp.optim.tensor_parallel import Job, machine, orthogonalize_family
+from megatron_hyperp.optim.tensor_parallel import Job, machine
 from megatron_hyperp.optim.tensor_parallel import describe as describe_strategies
-from megatron_hyperp.parameters import DISTINCT, named_parameters
+from megatron_hyperp.parameters import DISTINCT
 
 # Largest norm of the clipped gradients: squares of their elements, and sums of them in momenta, are in range in fp32.
 LARGEST_NORM = 1e19
@@ -45,13 +40,12 @@ SMALLEST_SQUARED_NORM = 1e-20
 
 
 class HyperPOptimizer(MegatronOptimizer):
-    """MuonH, AdamH and AdamW (or a baseline) for what this rank owns of its part of the model.
+    """The step of every rule for what this rank owns of its part of the model.
 
     Args:
         domains: every trainable parameter with its rule and owner.
-        config: resolved config.
+        options: learning rates, clipping, how ranks share Newton-Schulz.
         exchange: the buckets of gradients and weights, laid out by the same owners.
-        newton_schulz: what is done to the momenta of matrices.
     """
 
     # The learning-rate scheduler's view of the families; takes the place of the base class's property.
@@ -60,13 +54,12 @@ class HyperPOptimizer(MegatronOptimizer):
     def __init__(
         self,
         domains: Sequence[Domain],
-        config: Config,
+        options: HyperPConfig,
         *,
         exchange: Exchange,
-        newton_schulz: NewtonSchulz,
     ) -> None:
         # MegatronOptimizer's constructor takes a torch optimizer; the families below stand in its place.
-        self.config = config.optimizer
+        self.config = options
         self.domains = list(domains)
         # Counted once: a domain looks through the plan of all ranks.
         self._places = {
@@ -79,16 +72,14 @@ class HyperPOptimizer(MegatronOptimizer):
         self.ballot: Callable[[], Sequence[float]] = tuple
         self.votes: list[float] = []
         self.exchange = exchange
-        self.newton_schulz = newton_schulz
         self.is_stub_optimizer = False
         self.steps_taken = 0
         self.steps_skipped = 0
         # Why the last step was left out; None if it was taken.
         self.fault: Fault | None = None
-        momentum_dtype = torch.bfloat16 if self.config.momentum_dtype == "bf16" else torch.float32
-        self.families = [family for domain in self.domains for family in families_of(domain, momentum_dtype)]
+        self.families = [family for domain in self.domains for family in families_of(domain)]
         for family in self.families:
-            self._set_schedule(family, config.learning_rate().value)
+            self._set_schedule(family)
         self.param_groups = [family.group for family in self.families]
         self.reload_model_params()
 
@@ -97,12 +88,12 @@ class HyperPOptimizer(MegatronOptimizer):
         assert dist.group.WORLD is not None
         return dist.group.WORLD
 
-    def _set_schedule(self, family: Family, peak: float) -> None:
-        """Fill in what Megatron-Core's OptimizerParamScheduler reads."""
-        first = family.routes[0]
-        minimum = (self.config.min_lr or 0.0) * first.lr_mult
-        family.group.update(max_lr=peak * first.lr_mult, min_lr=minimum, lr=peak * first.lr_mult)
-        family.group.update(wd_mult=float(first.decays), weight_decay=0.0)
+    def _set_schedule(self, family: Family) -> None:
+        """Fill in what Megatron-Core's OptimizerParamScheduler reads, and what holds without one."""
+        first, options = family.routes[0], self.config
+        peak, minimum = options.lr * first.lr_mult, options.min_lr * first.lr_mult
+        family.group.update(max_lr=peak, min_lr=minimum, lr=peak)
+        family.group.update(wd_mult=float(first.decays), weight_decay=options.weight_decay * first.decays)
 
     @torch.no_grad()
     def reload_model_params(self, state_dict: Any = None) -> None:
@@ -115,7 +106,7 @@ class HyperPOptimizer(MegatronOptimizer):
         self._update_model()
 
     def _on_sphere(self) -> list[Family]:
-        return [family for family in self.families if family.rule in SPHERE_RULES]
+        return [family for family in self.families if family.rule.on_sphere]
 
     def _squared_norms(self) -> list[torch.Tensor]:
         """Return ||W||^2 of the global matrices of every family on the sphere."""
@@ -159,6 +150,8 @@ class HyperPOptimizer(MegatronOptimizer):
             Whether it was taken, the global gradient norm before clipping, and None for Megatron-Core's count of zeros.
         """
         self.fault = None
+        # For a loop without Megatron-Core's schedules, which have done it.
+        self.exchange.finish_grad_sync()
         gradients = [family.gradients() for family in self.families]
         norm = self._global_norm(gradients)
         if self.observer is not None:
@@ -177,12 +170,12 @@ class HyperPOptimizer(MegatronOptimizer):
         directions = [
             self._direction(family, gradient) for family, gradient in zip(self.families, gradients, strict=True)
         ]
-        on_sphere = [(f, d) for f, d in zip(self.families, directions, strict=True) if f.rule in SPHERE_RULES]
+        on_sphere = [(f, d) for f, d in zip(self.families, directions, strict=True) if f.rule.on_sphere]
         # Each rank scales its part of U as it needs to; sums over the parts are of U itself.
         powers = [sphere.powers_of(rescale_(direction)) for _, direction in on_sphere]
         local = [sphere.inner_products(f.master, d) / each for (f, d), each in zip(on_sphere, powers, strict=True)]
         products = self._sum_over_parts(local, width=3)
-        off_sphere = [d for f, d in zip(self.families, directions, strict=True) if f.rule not in SPHERE_RULES]
+        off_sphere = [d for f, d in zip(self.families, directions, strict=True) if not f.rule.on_sphere]
         if any_on_a_rank([~values.sum().isfinite() for values in (*products, *off_sphere)]):
             self._skip(UPDATE, directions, norm)
             return False, norm, None
@@ -195,9 +188,9 @@ class HyperPOptimizer(MegatronOptimizer):
         if self.observer is not None:
             self._observe_off_sphere(self.observer, directions)
         for family, direction in zip(self.families, directions, strict=True):
-            if family.rule not in SPHERE_RULES:
+            if not family.rule.on_sphere:
                 lr, decay = family.group["lr"], family.group["weight_decay"]
-                family.master.mul_(1.0 - lr * decay).add_(direction, alpha=-lr * _flat_scale(family))
+                family.master.mul_(1.0 - lr * decay).add_(direction, alpha=-lr * family.scale)
         if self.observer is not None:
             for family, squares in zip(self._on_sphere(), self._squared_norms(), strict=True):
                 self.observer.drifts(family, sphere.relative_drift(family.master, family.radii, squares))
@@ -223,35 +216,11 @@ class HyperPOptimizer(MegatronOptimizer):
         products = self._sum_over_parts(local, width=3, on_sphere=False)
         for (family, _), product in zip(moves, products, strict=True):
             lr, decay = family.group["lr"], family.group["weight_decay"]
-            observer.angles(family, turned(product, shrink=1.0 - lr * decay, move=lr * _flat_scale(family)))
+            observer.angles(family, turned(product, shrink=1.0 - lr * decay, move=lr * family.scale))
 
     def _direction(self, family: Family, gradients: torch.Tensor) -> torch.Tensor:
         """Update the family's state and return the directions along whose negative it moves."""
-        options = self.config
-        if family.routes[0].orthogonalized:
-            update = momentum_(
-                family.state["momentum_buffer"],
-                gradients,
-                momentum=options.muon_momentum,
-                nesterov=options.muon_nesterov,
-            )
-            if family.share_dim == DISTINCT:
-                return self.newton_schulz(update)
-            return orthogonalize_family(
-                update,
-                self.newton_schulz,
-                group=family.share_group,
-                partition_dim=family.share_dim,
-                strategy=options.ns_strategy,
-            )
-        return adam_direction_(
-            family.state["exp_avg"],
-            family.state["exp_avg_sq"],
-            gradients,
-            step=self.steps_taken,
-            betas=(options.adam_beta1, options.adam_beta2),
-            eps=options.adam_eps,
-        )
+        return family.rule.direction_(gradients, family.state, family.part(self.steps_taken, self.config.ns_strategy))
 
     def _global_norm(self, gradients: Sequence[torch.Tensor]) -> float:
         """Return the norm over all gradients of the model, each counted once; sum the ballots on the way."""
@@ -309,27 +278,24 @@ class HyperPOptimizer(MegatronOptimizer):
             f"optimizer state on this rank: {self.state_bytes():,} bytes; gradients in {len(padding)} bucket(s),"
             f" at most {max(padding):.1%} padding"
         )
-        jobs = [
-            Job(
-                len(family.routes),
-                family.routes[0].shape[0],
-                family.routes[0].shape[1],
-                family.share_dim,
-                family.share_group.size(),
-            )
-            for family in self.families
-            if family.routes[0].orthogonalized and family.share_dim != DISTINCT and family.share_group.size() > 1
-        ]
-        if jobs:
-            table = describe_strategies(jobs, self.newton_schulz, machine(), self.config.ns_strategy)
+        jobs: dict[NewtonSchulz, list[Job]] = {}
+        for family in self.families:
+            newton_schulz, shape = family.rule.newton_schulz, family.routes[0].shape
+            if newton_schulz is not None and family.share_dim != DISTINCT and family.share_group.size() > 1:
+                job = Job(len(family.routes), shape[0], shape[1], family.share_dim, family.share_group.size())
+                jobs.setdefault(newton_schulz, []).append(job)
+        for newton_schulz, alike in jobs.items():
+            table = describe_strategies(alike, newton_schulz, machine(), self.config.ns_strategy)
             lines.append(f"Newton-Schulz of what this rank shares with others, predicted:\n{table}")
         return "\n".join(lines)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop ``.grad``; the accumulated ``main_grad`` belongs to the chunks."""
+        """Drop ``.grad`` and zero ``main_grad``, which Megatron-Core's DistributedDataParallel does itself."""
         del set_to_none
         for parameter in self.exchange.bucket_of:
             parameter.grad = None
+        if self.exchange.reduces:
+            self.exchange.zero()
 
     def get_loss_scale(self) -> torch.Tensor:
         """Return 1: bf16 and fp32 need no loss scaling."""
@@ -382,8 +348,9 @@ class HyperPOptimizer(MegatronOptimizer):
         weights = sharded_weights(model_sharded_state_dict, parameters)
 
         def entries(family: Family, name: str, stacked: torch.Tensor) -> list[list[ShardedTensor]]:
+            by_row = name in family.state and family.rule.state_entries()[name].shape == "rows"
             return [
-                sharded_state(weights[entry.parameter], block, tensor, name)
+                sharded_state(weights[entry.parameter], block, tensor, name, by_row=by_row)
                 for entry, block, tensor in zip(family.routes, family.blocks, stacked, strict=True)
             ]
 
@@ -395,74 +362,10 @@ class HyperPOptimizer(MegatronOptimizer):
 
 
 def _is_matrix_off_sphere(family: Family) -> bool:
-    return family.rule not in SPHERE_RULES and family.routes[0].role in MATRIX_ROLES
+    return not family.rule.on_sphere and family.routes[0].is_matrix
 
 
 def _weight_in_norms(family: Family) -> float:
     """1, or 0 for a copy that another rank counts."""
     copy_of_embedding = getattr(family.routes[0].parameter, "shared", False)
     return 1.0 if family.counts and not copy_of_embedding else 0.0
-
-
-def _flat_scale(family: Family) -> float:
-    """Factor on the step off the sphere: sqrt(d_out/d_in) for the Muon baseline, 1 for AdamW."""
-    shape = family.routes[0].shape
-    return math.sqrt(shape[0] / shape[1]) if family.rule == "muon" else 1.0
-
-
-def _lay_out(chunks: Sequence[DataParallel], domains: Sequence[Domain], config: Config) -> None:
-    """Order the chunks' gradients and weights by owner."""
-    shares: dict[torch.nn.Parameter, list[Share]] = {}
-    group_of: dict[torch.nn.Parameter, dist.ProcessGroup] = {}
-    for domain in domains:
-        for piece in domain.plan.pieces:
-            parameter = domain.routes[piece.route].parameter
-            shares.setdefault(parameter, []).append(Share(piece.rank, piece.block))
-            group_of[parameter] = domain.data
-    # The backward pass finishes the last chunk first.
-    backward_order = [
-        parameter
-        for chunk in reversed(chunks)
-        for parameter in reversed(list(chunk.module.parameters()))
-        if parameter in shares
-    ]
-    exchange = chunks[0].exchange
-    # Without overlap one bucket is best; with it, as large as Megatron-Core's.
-    default = max(40_000_000, 1_000_000 * domains[0].data.size()) if exchange.overlap_grad_reduce else None
-    scales: dict[torch.nn.Parameter, WeightScale] = {}
-    for chunk in chunks if config.training.fp8_param_gather else ():
-        scales |= weight_scales(chunk.module, config)
-    # What has no replicas does not travel.
-    scales = {parameter: scale for parameter, scale in scales.items() if group_of[parameter].size() > 1}
-    given = config.parallel.ddp_bucket_size
-    exchange.lay_out(backward_order, shares, group_of.__getitem__, default if given is None else given, scales)
-
-
-def get_hyperp_optimizer(
-    config: Config,
-    model_chunks: Sequence[DataParallel],
-    *,
-    radii: Mapping[str, float] | None = None,
-    log: Callable[[str], None] | None = None,
-) -> HyperPOptimizer:
-    """Build the optimizer of this rank's pipeline chunks; Megatron's process groups must exist.
-
-    Args:
-        config: resolved config; ``config.optimizer.optimizer`` picks HyperP or a baseline.
-        model_chunks: from :func:`~megatron_hyperp.optim.data_parallel.wrap_for_data_parallelism`; their weights and
-            gradients are ordered by owner here.
-        radii: of spheres that do not follow from shapes, by the parameter's name.
-        log: receives the routing table, the balance of ownership and how Newton-Schulz is shared.
-
-    Raises:
-        ValueError: a parameter matches no rule, or two.
-    """
-    routes = routes_of(config, [pair for chunk in model_chunks for pair in named_parameters(chunk)], radii)
-    newton_schulz = NewtonSchulz.of(config.optimizer)
-    domains = domains_of(routes, newton_schulz, config.optimizer.ns_strategy)
-    _lay_out(model_chunks, domains, config)
-    optimizer = HyperPOptimizer(domains, config, exchange=model_chunks[0].exchange, newton_schulz=newton_schulz)
-    if log is not None:
-        log(describe(routes))
-        log(optimizer.describe())
-    return optimizer

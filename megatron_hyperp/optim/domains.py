@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
-from megatron_hyperp.optim.orthogonalize import NewtonSchulz
+from megatron_hyperp.optim.groups import Groups
 from megatron_hyperp.optim.ownership import Piece, Plan, partial_matrices, plan_ownership
 from megatron_hyperp.optim.routing import Route
 from megatron_hyperp.optim.tensor_parallel import machine
@@ -48,7 +47,6 @@ class Domain:
 def _domain(
     routes: list[Route],
     groups: tuple[dist.ProcessGroup, dist.ProcessGroup, dist.ProcessGroup],
-    newton_schulz: NewtonSchulz,
     strategy: str,
     *,
     loads: list[float] | None,
@@ -58,7 +56,6 @@ def _domain(
     plan = plan_ownership(
         routes,
         data.size(),
-        newton_schulz,
         machine(),
         tensor_parallel_size=tensor.size(),
         strategy=strategy,
@@ -86,23 +83,15 @@ def _team_group(data: dist.ProcessGroup, both: dist.ProcessGroup, team: int) -> 
     return group
 
 
-def domains_of(routes: list[Route], newton_schulz: NewtonSchulz, strategy: str) -> list[Domain]:
+def domains_of(routes: list[Route], strategy: str, groups: Groups) -> list[Domain]:
     """Plan the ownership of all but the experts, then of the experts on top of that work."""
     dense = [entry for entry in routes if not is_expert(entry.parameter)]
     experts = [entry for entry in routes if is_expert(entry.parameter)]
-    data = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    groups = (
-        parallel_state.get_tensor_model_parallel_group(),
-        data,
-        parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True),
-    )
-    domains = [_domain(dense, groups, newton_schulz, strategy, loads=None, teams=True)]
+    domains = [_domain(dense, (groups.tensor, groups.data, groups.both), strategy, loads=None, teams=True)]
     if experts:
-        expert_tensor = parallel_state.get_expert_tensor_parallel_group()
-        expert_data = parallel_state.get_expert_data_parallel_group()
-        data_ranks, dense_loads = _data_ranks(groups[2], data), domains[0].plan.loads
-        loads = [dense_loads[data_ranks[rank]] for rank in dist.get_process_group_ranks(expert_data)]
+        data_ranks, dense_loads = _data_ranks(groups.both, groups.data), domains[0].plan.loads
+        loads = [dense_loads[data_ranks[rank]] for rank in dist.get_process_group_ranks(groups.expert_data)]
         # Of experts only tensor-parallel ranks hold parts: there are many, so none is shared by a team.
-        groups = (expert_tensor, expert_data, expert_tensor)
-        domains.append(_domain(experts, groups, newton_schulz, strategy, loads=loads, teams=False))
+        shared = (groups.expert_tensor, groups.expert_data, groups.expert_tensor)
+        domains.append(_domain(experts, shared, strategy, loads=loads, teams=False))
     return domains

@@ -6,6 +6,7 @@ buffers, as the buckets place them, are one view of those.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,14 +19,8 @@ from megatron_hyperp.optim.buckets import repeated
 from megatron_hyperp.optim.domains import Domain
 from megatron_hyperp.optim.ownership import Piece
 from megatron_hyperp.optim.routing import Route
+from megatron_hyperp.optim.rules import Part, UpdateRule
 from megatron_hyperp.parameters import REPLICATED, Block
-
-STATES = {
-    "muonh": ("momentum_buffer",),
-    "muon": ("momentum_buffer",),
-    "adamh": ("exp_avg", "exp_avg_sq"),
-    "adamw": ("exp_avg", "exp_avg_sq"),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +53,7 @@ class Family:
         share_group: ranks that share the matrices' Newton-Schulz.
         share_dim: the dimension along which they are split over those, or REPLICATED or DISTINCT.
         master: fp32 weights [count, rows, columns].
-        state: optimizer state by name, each of the master's shape.
+        state: the rule's state by name, stacked: [count, rows, columns] or [count, rows, 1].
         radii: [count] float64; empty off the sphere.
         places: [count], in the domain's sums over matrices on the sphere, or over those off it; empty where this rank
             holds whole matrices.
@@ -79,9 +74,25 @@ class Family:
     group: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def rule(self) -> str:
+    def rule(self) -> UpdateRule:
         """The update rule of all its parameters."""
         return self.routes[0].rule
+
+    def part(self, step: int, strategy: str) -> Part:
+        """Return how its stacks are related to whole matrices, for the rule.
+
+        Args:
+            step: number of this step, from 1.
+            strategy: how ranks share Newton-Schulz.
+        """
+        rows, *others = self.routes[0].shape
+        return Part(step, rows, math.prod(others), self.share_dim, self.share_group, strategy)
+
+    @property
+    def scale(self) -> float:
+        """Factor on the learning rate off the sphere."""
+        rows, *others = self.routes[0].shape
+        return self.rule.scale(rows, math.prod(others))
 
     @property
     def counts(self) -> bool:
@@ -110,7 +121,7 @@ class Family:
         return {"master": self.master, **self.state}
 
 
-def families_of(domain: Domain, momentum_dtype: torch.dtype) -> list[Family]:
+def families_of(domain: Domain) -> list[Family]:
     """Group what this rank owns of a domain into families; masters are still zero.
 
     Families and their pieces are in the order of the plan, so the ranks that share one agree on it. The buckets must be
@@ -118,28 +129,27 @@ def families_of(domain: Domain, momentum_dtype: torch.dtype) -> list[Family]:
 
     Args:
         domain: the parameters.
-        momentum_dtype: precision of Muon's momentum.
     """
     families: dict[tuple[Any, ...], list[Piece]] = {}
     for piece in domain.mine:
         entry = domain.routes[piece.route]
         shared = getattr(entry.parameter, "shared", False)
-        fate = (entry.rule, entry.role, entry.lr_mult, entry.decays, shared)
+        kind = (entry.rule, entry.role, entry.lr_mult, entry.decays, shared)
         shape = (entry.shape, entry.partition_dim, piece.block.shape, piece.team_dim)
-        families.setdefault((fate, shape), []).append(piece)
+        families.setdefault((kind, shape), []).append(piece)
     places = domain.places(on_sphere=True) | domain.places(on_sphere=False)
-    return [_family(domain, pieces, places, momentum_dtype) for pieces in families.values()]
+    return [_family(domain, pieces, places) for pieces in families.values()]
 
 
-def _family(domain: Domain, pieces: list[Piece], places: dict[int, int], momentum_dtype: torch.dtype) -> Family:
+def _family(domain: Domain, pieces: list[Piece], places: dict[int, int]) -> Family:
     routes, blocks = [domain.routes[piece.route] for piece in pieces], [piece.block for piece in pieces]
     first, team_dim = routes[0], pieces[0].team_dim
     home = first.parameter.device
     master = torch.zeros((len(pieces), *blocks[0].shape), device=home)
     # State is created here and now: made at the first step it could differ between ranks and hang a checkpoint.
     state = {
-        name: torch.zeros_like(master, dtype=momentum_dtype if name == "momentum_buffer" else torch.float32)
-        for name in STATES[first.rule]
+        name: torch.zeros((len(pieces), *entry.of(*blocks[0].shape)), dtype=entry.dtype, device=home)
+        for name, entry in first.rule.state_entries().items()
     }
     radii = [entry.radius for entry in routes if entry.radius is not None]
     share_group = domain.tensor if team_dim is None else domain.team

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from megatron_hyperp.model.fp8 import DTYPES, Format, WeightScale, encoded, round_trip, scale_of
+from megatron_hyperp.numerics.fp8 import DTYPES, Format, WeightScale, encoded, round_trip, scale_of
 from megatron_hyperp.optim.buckets import Bucket, Shares
 
 _FORMAT: Format = "e4m3"

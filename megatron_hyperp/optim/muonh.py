@@ -2,35 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from megatron_hyperp.optim.orthogonalize import coefficient_schedule, newton_schulz
+from megatron_hyperp.optim.orthogonalize import NewtonSchulz, coefficient_schedule
+from megatron_hyperp.optim.rules.muon import MuonHRule
 from megatron_hyperp.optim.sphere import SphereOptimizer, muonh_radius
-
-
-def momentum_(
-    momenta: torch.Tensor, gradients: torch.Tensor, *, momentum: float = 0.95, nesterov: bool = True
-) -> torch.Tensor:
-    """Update M <- mu M + G in place and return what is orthogonalized: mu M + G (Nesterov) or M.
-
-    Args:
-        momenta: fp32 or bf16, any shape; updated in place.
-        gradients: fp32, the same shape.
-        momentum: mu.
-        nesterov: look ahead by one step.
-
-    Returns:
-        fp32, whatever the momenta are rounded to.
-    """
-    if momenta.dtype == gradients.dtype:
-        updated = momenta.mul_(momentum).add_(gradients)
-    else:
-        updated = momenta.to(gradients.dtype).mul_(momentum).add_(gradients)
-        momenta.copy_(updated)
-    return gradients.add(updated, alpha=momentum) if nesterov else updated
 
 
 class MuonH(SphereOptimizer):
@@ -85,13 +63,9 @@ class MuonH(SphereOptimizer):
         """Return sqrt(d_out/3)."""
         return muonh_radius(parameter.shape[0])
 
-    def directions(
-        self, family: Sequence[torch.Tensor], gradients: torch.Tensor, group: dict[str, Any]
-    ) -> torch.Tensor:
-        """Return the orthogonalized momenta."""
-        momenta = self.stacked_state(family, "momentum_buffer")
-        update = momentum_(momenta, gradients, momentum=group["momentum"], nesterov=group["nesterov"])
-        self.keep_state(family, "momentum_buffer", momenta)
-        return newton_schulz(
-            update, steps=group["ns_steps"], coefficients=group["coefficients"], dtype=group["ns_dtype"]
+    def rule(self, group: dict[str, Any]) -> MuonHRule:
+        """Return the rule that a group's hyperparameters make."""
+        orthogonalizer = NewtonSchulz(
+            steps=group["ns_steps"], coefficients=group["coefficients"], dtype=group["ns_dtype"]
         )
+        return MuonHRule(momentum=group["momentum"], nesterov=group["nesterov"], orthogonalizer=orthogonalizer)

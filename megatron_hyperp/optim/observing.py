@@ -14,24 +14,17 @@ import torch.distributed as dist
 from megatron_hyperp import device
 from megatron_hyperp.optim.families import Family
 from megatron_hyperp.optim.magnitudes import squared_norms
+from megatron_hyperp.parameters import FAMILIES, family_of
 
-GROUPS = ("embedding", "output", "attention", "mlp", "experts", "router", "vectors")
+GROUPS = ("embedding", "output", *FAMILIES, "vectors")
 # Groups of matrices inside layers.
-MATRIX_GROUPS = ("attention", "mlp", "experts", "router")
+MATRIX_GROUPS = FAMILIES
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def group_of(name: str, role: str) -> str:
-    """Return the group, one of :data:`GROUPS`, of a parameter; shared experts are the MLP's."""
-    if role == "vector":
-        return "vectors"
-    if role != "hidden":
-        return role
-    if ".self_attention." in name:
-        return "attention"
-    if ".mlp.router." in name:
-        return "router"
-    return "experts" if ".experts." in name else "mlp"
+    """Return the group, one of :data:`GROUPS`, of a parameter."""
+    return "vectors" if role == "vector" else family_of(name, role)
 
 
 def turned(products: torch.Tensor, *, shrink: float, move: torch.Tensor | float) -> torch.Tensor:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from megatron_hyperp import device
-from megatron_hyperp.config import OptimizerConfig
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.magnitudes import largest_elements, power_of_two
 
@@ -152,17 +151,6 @@ class NewtonSchulz:
         schedule = coefficient_schedule(self.coefficients, self.steps)
         cut = 2 if self.dtype in (torch.float16, torch.bfloat16) else 3
         return [segment for segment in (schedule[:cut], schedule[cut:]) if segment]
-
-    @classmethod
-    def of(cls, options: OptimizerConfig) -> NewtonSchulz:
-        """Return what a run's options ask for."""
-        return cls(
-            steps=options.ns_steps,
-            coefficients=options.ns_coefficients,
-            dtype=device.newton_schulz_dtype(options.ns_dtype, gram=options.asks_for_gram),
-            form=options.ns_form,
-            backend=options.ns_backend,
-        )
 
     def flops(self, rows: int, columns: int, form: str) -> int:
         """FLOPs of one matrix in "standard" or "gram" form, a multiply and an add counted as two.

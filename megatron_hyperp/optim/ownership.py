@@ -1,9 +1,9 @@
 """Which data-parallel rank owns what of the optimizer: its fp32 weights, its state, its share of the work.
 
-Matrices that are orthogonalized are owned whole, dealt out by longest processing time on the cost of Newton-Schulz; all
-else is cut into equal runs of rows. Where a matrix alone is more work than a rank's fair share, a team of neighbouring
-ranks may own it together, each a slice of it, if the cost model finds that faster. The plan depends on shapes alone, so
-every tensor-parallel rank makes the same one. No communication here.
+Matrices whose rule needs them whole are owned whole, dealt out by longest processing time on the cost of Newton-Schulz;
+all else is cut into equal runs of rows. Where a matrix alone is more work than a rank's fair share, a team of
+neighbouring ranks may own it together, each a slice of it, if the cost model finds that faster. The plan depends on
+shapes alone, so every tensor-parallel rank makes the same one. No communication here.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from megatron_hyperp.optim.orthogonalize import NewtonSchulz
-from megatron_hyperp.optim.routing import MATRIX_ROLES, SPHERE_RULES, Route
+from megatron_hyperp.optim.routing import Route
+from megatron_hyperp.optim.rules import UpdateRule
 from megatron_hyperp.optim.tensor_parallel import AUTO, Job, Machine, predicted_seconds
 from megatron_hyperp.parameters import DISTINCT, REPLICATED, Block
 
@@ -33,8 +33,8 @@ class Piece:
         route: index into the routes.
         rank: its owner, within the data-parallel group.
         block: the part of the rank's parameter.
-        team_dim: dimension along which a team shares the matrix; None if the owner has all of it, or it is not
-            orthogonalized.
+        team_dim: dimension along which a team shares the matrix; None if the owner has all of it, or its rule is
+            elementwise.
     """
 
     route: int
@@ -88,8 +88,8 @@ def partial_matrices(routes: Sequence[Route], plan: Plan, tensor_parallel_size: 
     return [
         index
         for index, entry in enumerate(routes)
-        if entry.role in MATRIX_ROLES
-        and (entry.rule in SPHERE_RULES) == on_sphere
+        if entry.is_matrix
+        and entry.rule.on_sphere == on_sphere
         and (pieces[index] > 1 or (entry.partition_dim in (0, 1) and tensor_parallel_size > 1))
     ]
 
@@ -98,30 +98,36 @@ def partial_matrices(routes: Sequence[Route], plan: Plan, tensor_parallel_size: 
 class _Pricing:
     """What a matrix costs: the inputs of the cost model."""
 
-    newton_schulz: NewtonSchulz
     machine: Machine
     tensor_parallel_size: int
     strategy: str
-    alike: Counter[tuple[int, ...]]
+    alike: Counter[tuple[UpdateRule, tuple[int, ...]]]
     ranks: int
-    known: dict[tuple[tuple[int, ...], int, int], float] = field(default_factory=dict)
+    known: dict[tuple[UpdateRule, tuple[int, ...], int, int], float] = field(default_factory=dict)
 
     def of(self, entry: Route, team: int = 1) -> float:
         """Seconds that one matrix costs each rank of a team, as one of the equal ones that the team has."""
-        if not entry.orthogonalized:
+        if not entry.rule.needs_matrix:
             return 0.0
-        key = (entry.shape, entry.partition_dim, team)
+        key = (entry.rule, entry.shape, entry.partition_dim, team)
         if key not in self.known:
             self.known[key] = self._price(entry, team)
         return self.known[key]
 
     def _price(self, entry: Route, team: int) -> float:
-        count = -(-self.alike[entry.shape] * team // self.ranks)
+        count = -(-self.alike[entry.rule, entry.shape] * team // self.ranks)
         tensor_ranks = 1 if entry.partition_dim == DISTINCT else self.tensor_parallel_size
         dim = entry.partition_dim if team == 1 else _team_dim(entry, self.tensor_parallel_size)
         assert dim is not None
-        job = Job(count, entry.shape[0], entry.shape[1], dim, tensor_ranks * team)
-        return predicted_seconds(job, self.newton_schulz, self.machine, self.strategy) / count
+        rows, columns = entry.shape
+        # Elements that are read and written once, at least: what needs a matrix has an owner, however cheap it is.
+        flops = max(entry.rule.flops(rows, columns), rows * columns)
+        seconds = flops / (tensor_ranks * team) / self.machine.flops
+        newton_schulz = entry.rule.newton_schulz
+        if newton_schulz is None:
+            return seconds
+        job = Job(count, rows, columns, dim, tensor_ranks * team)
+        return predicted_seconds(job, newton_schulz, self.machine, self.strategy) / count
 
 
 def longest_processing_time(costs: Sequence[int], loads: list[int]) -> list[int]:
@@ -146,7 +152,6 @@ def longest_processing_time(costs: Sequence[int], loads: list[int]) -> list[int]
 def plan_ownership(
     routes: Sequence[Route],
     ranks: int,
-    newton_schulz: NewtonSchulz,
     machine: Machine,
     *,
     tensor_parallel_size: int = 1,
@@ -160,7 +165,6 @@ def plan_ownership(
         routes: of all parameters that these ranks replicate, parts of one parameter next to each other; one rank owns
             all parts of a parameter, whose gradient then is one contiguous piece.
         ranks: data-parallel ranks.
-        newton_schulz: what is done to matrices.
         machine: rates for the cost model.
         tensor_parallel_size: ranks over which matrices are sharded.
         strategy: how those share Newton-Schulz.
@@ -171,14 +175,14 @@ def plan_ownership(
         The fastest plan, of those in which matrices heavier than the mean load are owned by teams of 1, 2, 4, ...
         ranks. A larger team must save 2% or more.
     """
-    alike = Counter(entry.shape for entry in routes if entry.orthogonalized)
-    pricing = _Pricing(newton_schulz, machine, tensor_parallel_size, strategy, alike, ranks)
+    alike = Counter((entry.rule, entry.shape) for entry in routes if entry.rule.needs_matrix)
+    pricing = _Pricing(machine, tensor_parallel_size, strategy, alike, ranks)
     units = [list(unit) for _, unit in groupby(range(len(routes)), key=lambda index: id(routes[index].parameter))]
     costs = [sum(pricing.of(routes[index]) for index in unit) for unit in units]
     mean = (sum(costs) + sum(loads or [])) / ranks
     # A sum of equal costs is not heavier than itself.
     heavy = [number for number, cost in enumerate(costs) if cost > mean * (1 + 1e-9)]
-    # The same in every plan: what is not orthogonalized costs next to nothing and is cut.
+    # The same in every plan: what is updated elementwise costs next to nothing and is cut.
     spread = {
         index: [Piece(index, rank, block) for rank, block in enumerate(routes[index].block.cut(0, ranks))]
         for unit, cost in zip(units, costs, strict=True)

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
+import fnmatch
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-from megatron_hyperp.config import Config, width_multiplier
+from megatron_hyperp.optim.options import HyperPConfig
+from megatron_hyperp.optim.rules import UpdateRule, rule_class
 from megatron_hyperp.optim.sphere import sphere_radius
-from megatron_hyperp.parameters import DISTINCT, REPLICATED, Block, global_shape, is_expert, partition_dim, role_of
+from megatron_hyperp.parameters import (
+    DISTINCT,
+    MATRIX_ROLES,
+    REPLICATED,
+    Block,
+    family_of,
+    global_shape,
+    is_expert,
+    partition_dim,
+    role_of_any,
+)
 from megatron_hyperp.text import aligned
 
-Rule = Literal["muonh", "adamh", "muon", "adamw"]
-
-# The rule of each role, by --optimizer (arXiv 2603.28743, section on the optimizer's assignment).
-RULES: dict[str, dict[str, Rule]] = {
-    "hyperp": {"hidden": "muonh", "output": "adamh", "embedding": "adamw", "vector": "adamw"},
-    "muonh": {"hidden": "muonh", "output": "adamh", "embedding": "adamw", "vector": "adamw"},
-    "muon": {"hidden": "muon", "output": "adamw", "embedding": "adamw", "vector": "adamw"},
-    "adamw": {"hidden": "adamw", "output": "adamw", "embedding": "adamw", "vector": "adamw"},
-}
-# Roles whose updates are steps of whole matrices; an embedding is a table of vectors.
-MATRIX_ROLES = ("hidden", "output")
-SPHERE_RULES = ("muonh", "adamh")
-# Rules that orthogonalize, so that they need whole matrices.
-MUON_RULES = ("muonh", "muon")
+# Of Megatron-Core's GroupedMLP.
+_SEVERAL_EXPERTS = (".experts.weight1", ".experts.weight2")
 _QK_GAINS = (".q_layernorm.weight", ".k_layernorm.weight")
 
 
@@ -65,7 +64,7 @@ class Route:
     parameter: torch.nn.Parameter
     block: Block
     role: str
-    rule: Rule
+    rule: UpdateRule
     shape: tuple[int, ...]
     partition_dim: int
     radius: float | None
@@ -73,97 +72,73 @@ class Route:
     decays: bool
 
     @property
-    def orthogonalized(self) -> bool:
-        """Whether the rule needs whole matrices."""
-        return self.rule in MUON_RULES
+    def is_matrix(self) -> bool:
+        """Whether its update is the step of a whole matrix."""
+        return self.role in MATRIX_ROLES
 
 
 def route(
     named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
+    options: HyperPConfig,
     *,
-    optimizer: str,
     tensor_parallel_size: int,
     expert_tensor_parallel_size: int = 1,
-    radius_scale: float = 1.0,
-    output_init_std: float = 0.02,
-    matrix_lr_mult: float = 1.0,
-    embedding_lr_mult: float = 1.0,
-    adam_lr_mult: float = 1.0,
-    qk_norm_lr_mult: float = 1.0,
-    matrix_split: str = "fused",
     heads: Heads | None = None,
-    radii: Mapping[str, float] | None = None,
 ) -> list[Route]:
-    """Give every parameter its rule; parts of one parameter follow each other.
+    """Give every trainable parameter its rule; parts of one parameter follow each other.
 
     Args:
-        named_parameters: names and this rank's parts.
-        optimizer: a key of :data:`RULES`.
+        named_parameters: names and this rank's parts; frozen ones are left out.
+        options: which rule each role gets, radii, factors on the learning rate, how matrices are split.
         tensor_parallel_size: ranks over which parameters marked ``tensor_model_parallel`` are split.
         expert_tensor_parallel_size: the same for those of experts.
-        radius_scale: factor on MuonH radii.
-        output_init_std: fixes the output layer's radius.
-        matrix_lr_mult: learning-rate factor of hidden matrices (muP).
-        embedding_lr_mult: of the token embedding.
-        adam_lr_mult: of the output layer, norm gains and biases.
-        qk_norm_lr_mult: further one of the gains on queries and keys.
-        matrix_split: whether fused QKV and gate/up weights are one matrix ("fused"), one per component ("component"),
-            or QKV one per head ("head"), each then orthogonalized and on a sphere by itself.
-        heads: layout of QKV weights; needed unless "fused".
-        radii: of spheres that do not follow from shapes, by the parameter's name; "fused" alone.
+        heads: layout of QKV weights; needed unless ``matrix_split`` is "fused".
 
     Raises:
-        ValueError: a parameter matches no rule, or two, or is frozen.
+        ValueError: a parameter has no dimensions, or an override that matches one gives it a rule for matrices although
+            it is none; or it holds several experts in one matrix.
     """
-    lr_mults = {
-        "hidden": matrix_lr_mult,
-        "embedding": embedding_lr_mult,
-        "output": adam_lr_mult,
-        "vector": adam_lr_mult,
-    }
+    classes = options.rules()
+    made: dict[tuple[type[UpdateRule], str], UpdateRule] = {}
     routes = []
     for name, parameter in named_parameters:
         if not parameter.requires_grad:
-            raise ValueError(f"the parameter {name} is frozen; checkpoints would have a hole in its place: train it")
-        role = role_of(name, parameter)
-        rule = RULES[optimizer][role]
-        split = matrix_split if rule in MUON_RULES else "fused"
+            continue
+        if not parameter.ndim:
+            raise ValueError(f"the parameter {name} has no dimensions; give it the shape [1], or freeze it")
+        if name.endswith(_SEVERAL_EXPERTS):
+            raise ValueError(
+                f"the parameter {name} holds all experts of a rank in one matrix: none could have a sphere of its own;"
+                " build the layer with SequentialMLP or TEGroupedMLP (moe_grouped_gemm=False)"
+            )
+        role = role_of_any(name, parameter)
+        pattern = next((pattern for pattern in options.overrides if fnmatch.fnmatchcase(name, pattern)), None)
+        chosen = classes[role] if pattern is None else rule_class(options.overrides[pattern])
+        if parameter.ndim != 2 and (chosen.on_sphere or chosen.needs_matrix):
+            raise ValueError(
+                f"the rule {chosen.name} takes matrices, but {name} has the shape {tuple(parameter.shape)}; choose"
+                f" another for the override {pattern!r}, such as adamw"
+            )
+        family = family_of(name, role)
+        rule = made.setdefault((chosen, family), chosen.of(options, family))
+        split = options.matrix_split if rule.needs_matrix else "fused"
         ranks = expert_tensor_parallel_size if is_expert(parameter) else tensor_parallel_size
         for part, block, dim in _parts(name, parameter, split, heads):
             shape = _global_shape(parameter, block, dim, ranks)
-            radius = None
-            if rule in SPHERE_RULES and radii is not None:
-                radius = radii[name]
-            elif rule in SPHERE_RULES:
-                radius = sphere_radius(role, shape, radius_scale=radius_scale, output_init_std=output_init_std)
-            decays = role in ("hidden", "output")
-            lr_mult = lr_mults[role] * (qk_norm_lr_mult if name.endswith(_QK_GAINS) else 1.0)
-            routes.append(Route(name + part, parameter, block, role, rule, shape, dim, radius, lr_mult, decays))
+            radius = _radius(name, role, shape, options) if rule.on_sphere else None
+            mult = options.lr_mults.get(role, 1.0)
+            if name.endswith(_QK_GAINS):
+                mult *= options.lr_mults.get("qk_gain", 1.0)
+            decays = role in MATRIX_ROLES
+            routes.append(Route(name + part, parameter, block, role, rule, shape, dim, radius, mult, decays))
     return routes
 
 
-def routes_of(
-    config: Config,
-    named_parameters: Iterable[tuple[str, torch.nn.Parameter]],
-    radii: Mapping[str, float] | None = None,
-) -> list[Route]:
-    """Give every parameter its rule by a resolved config; see :func:`route`."""
-    options, model, parallel = config.optimizer, config.model, config.parallel
-    return route(
-        named_parameters,
-        optimizer=options.optimizer,
-        tensor_parallel_size=parallel.tensor_model_parallel_size,
-        expert_tensor_parallel_size=parallel.expert_tensor_parallel_size,
-        radius_scale=options.radius_scale,
-        output_init_std=model.output_init_std,
-        matrix_lr_mult=width_multiplier(config),
-        embedding_lr_mult=options.embedding_lr_mult,
-        adam_lr_mult=options.adam_lr_mult,
-        qk_norm_lr_mult=options.qk_norm_lr_mult,
-        matrix_split=options.matrix_split,
-        heads=Heads(model.kv_channels, model.num_attention_heads // model.num_query_groups),
-        radii=radii,
-    )
+def _radius(name: str, role: str, shape: tuple[int, ...], options: HyperPConfig) -> float:
+    if options.radii is not None:
+        return options.radii[name]
+    scale, std = options.radius_scale, options.output_init_std
+    return sphere_radius(role, shape, radius_scale=scale, output_init_std=std)
 
 
 def _parts(name: str, parameter: torch.Tensor, split: str, heads: Heads | None) -> Iterator[tuple[str, Block, int]]:
@@ -193,7 +168,7 @@ def _parts(name: str, parameter: torch.Tensor, split: str, heads: Heads | None) 
 
 
 def _global_shape(parameter: torch.Tensor, block: Block, dim: int, ranks: int) -> tuple[int, ...]:
-    if parameter.ndim == 1:
+    if parameter.ndim != 2:
         return global_shape(parameter, ranks)
     return tuple(size * ranks if axis == dim else size for axis, size in enumerate(block.shape))
 
@@ -203,7 +178,7 @@ def describe(routes: Iterable[Route]) -> str:
     rows: dict[tuple[str, str, str, str], list[float | None]] = {}
     for entry in routes:
         shape = " x ".join(map(str, entry.shape))
-        key = (re.sub(r"(?<=[. ])\d+", "*", entry.name), entry.rule, shape, f"{entry.lr_mult:g}")
+        key = (re.sub(r"(?<=[. ])\d+", "*", entry.name), entry.rule.name, shape, f"{entry.lr_mult:g}")
         rows.setdefault(key, []).append(entry.radius)
     table = [("parameter", "rule", "global shape", "radius", "lr x", "count")]
     table += [(*key[:3], _range(radii), key[3], str(len(radii))) for key, radii in rows.items()]

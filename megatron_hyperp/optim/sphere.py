@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from megatron_hyperp.optim.magnitudes import rescale_
+from megatron_hyperp.optim.rules.base import Part, StateEntry, UpdateRule
 
 SMALLEST_NORM = 1e-30
 
@@ -113,7 +114,7 @@ def _column(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 class SphereOptimizer(torch.optim.Optimizer):
-    """A one-rank optimizer of matrices on spheres; subclasses say in which direction to move.
+    """A one-rank optimizer of matrices on spheres; subclasses name the update rule.
 
     Matrices of one group with equal shape and dtype are one family and are processed as one batch.
 
@@ -156,10 +157,20 @@ class SphereOptimizer(torch.optim.Optimizer):
         """Radius of a matrix from its shape alone."""
 
     @abstractmethod
+    def rule(self, group: dict[str, Any]) -> UpdateRule:
+        """Return the update rule that a group's hyperparameters make."""
+
     def directions(
         self, family: Sequence[torch.Tensor], gradients: torch.Tensor, group: dict[str, Any]
     ) -> torch.Tensor:
         """Update the state of a family and return its directions U, [count, rows, columns]; W moves along -U."""
+        rule = self.rule(group)
+        entries = rule.state_entries()
+        state = {name: self.stacked_state(family, name, entry) for name, entry in entries.items()}
+        direction = rule.direction_(gradients, state, Part(group["steps_taken"], *family[0].shape))
+        for name, stacked in state.items():
+            self.keep_state(family, name, stacked)
+        return direction
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -193,12 +204,12 @@ class SphereOptimizer(torch.optim.Optimizer):
             parameter = parameters[index]
             self.state[parameter] = {name: value.to(parameter.device, copy=True) for name, value in values.items()}
 
-    def stacked_state(self, family: Sequence[torch.Tensor], name: str) -> torch.Tensor:
-        """Return the state ``name`` of a family, at least fp32, as [count, rows, columns]; zeros at first."""
-        dtype = torch.promote_types(family[0].dtype, torch.float32)
+    def stacked_state(self, family: Sequence[torch.Tensor], name: str, entry: StateEntry) -> torch.Tensor:
+        """Return the state ``name`` of a family, at least fp32, stacked; zeros at first."""
+        dtype = torch.promote_types(family[0].dtype, entry.dtype)
         for parameter in family:
             if name not in self.state[parameter]:
-                self.state[parameter][name] = torch.zeros_like(parameter, dtype=dtype)
+                self.state[parameter][name] = parameter.new_zeros(entry.of(*parameter.shape), dtype=dtype)
         return torch.stack([self.state[parameter][name] for parameter in family])
 
     def keep_state(self, family: Sequence[torch.Tensor], name: str, stacked: torch.Tensor) -> None:

@@ -58,14 +58,12 @@ def checkpoint_bytes(config: Config) -> int:
         config: resolved for one rank.
     """
     # They import torch, which a command line does without until it trains.
-    from megatron_hyperp.optim.routing import MUON_RULES, routes_of
+    from megatron_hyperp.optimizer_options import routes_of
     from megatron_hyperp.planning.inventory import stage_parameters
 
-    weight, momentum = (2 if config.training.bf16 else 4), (2 if config.optimizer.momentum_dtype == "bf16" else 4)
-    total = 0
+    weight, total = (2 if config.training.bf16 else 4), 0
     for entry in routes_of(config, stage_parameters(config, 0)):
-        state = momentum if entry.rule in MUON_RULES else 8
-        total += (weight + 4 + state) * entry.block.numel
+        total += (weight + 4) * entry.block.numel + entry.rule.state_bytes(*entry.block.shape)
     return total
 
 

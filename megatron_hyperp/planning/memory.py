@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 
 from megatron_hyperp.config import Config, micro_batches
 from megatron_hyperp.optim.buckets import aligned
-from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from megatron_hyperp.optim.ownership import Piece, Plan, plan_ownership
-from megatron_hyperp.optim.routing import MUON_RULES, Route, routes_of
+from megatron_hyperp.optim.routing import Route
 from megatron_hyperp.optim.tensor_parallel import machine
+from megatron_hyperp.optimizer_options import routes_of
 from megatron_hyperp.parameters import is_expert
 from megatron_hyperp.planning.activations import activation_bytes
 from megatron_hyperp.planning.inventory import stage_parameters
@@ -107,20 +107,19 @@ class Holding:
         """What each rank owns of the matrices that are orthogonalized."""
         result: list[list[Piece]] = [[] for _ in range(self.data)]
         for piece in self.plan.pieces:
-            if self.routes[piece.route].orthogonalized:
+            if self.routes[piece.route].rule.newton_schulz is not None:
                 result[piece.rank].append(piece)
         return result
 
     @functools.cached_property
     def owned(self) -> tuple[int, int]:
-        """Elements that the fullest rank owns, and how many of those are a Muon matrix's."""
-        total, muon = [0] * self.data, [0] * self.data
+        """Elements that the fullest rank owns, and the bytes of their state."""
+        elements, state = [0] * self.data, [0] * self.data
         for piece in self.plan.pieces:
-            total[piece.rank] += piece.block.numel
-            if self.routes[piece.route].rule in MUON_RULES:
-                muon[piece.rank] += piece.block.numel
-        fullest = max(range(self.data), key=lambda rank: (2 * total[rank] - muon[rank], rank))
-        return total[fullest], muon[fullest]
+            elements[piece.rank] += piece.block.numel
+            state[piece.rank] += self.routes[piece.route].rule.state_bytes(*piece.block.shape)
+        fullest = max(range(self.data), key=lambda rank: (4 * elements[rank] + state[rank], rank))
+        return elements[fullest], state[fullest]
 
 
 def holdings(config: Config, world_size: int, stage: int) -> list[Holding]:
@@ -151,7 +150,6 @@ def _holding(config: Config, routes: list[Route], data: int, tensor: int, loads:
     plan = plan_ownership(
         routes,
         data,
-        NewtonSchulz.of(config.optimizer),
         machine(),
         tensor_parallel_size=tensor,
         strategy=config.optimizer.ns_strategy,
@@ -163,18 +161,18 @@ def _holding(config: Config, routes: list[Route], data: int, tensor: int, loads:
 
 def stage_memory(config: Config, world_size: int, stage: int, held: Sequence[Holding]) -> Memory:
     """Return the bytes on the fullest rank of one stage; ``held`` is of :func:`holdings`, with the same arguments."""
-    weight, momentum = (2 if config.training.bf16 else 4), (2 if config.optimizer.momentum_dtype == "bf16" else 4)
-    buffered = owned = moments = 0
+    weight = 2 if config.training.bf16 else 4
+    buffered = owned = state = 0
     for holding in held:
-        total, muon = holding.owned
+        elements, moments = holding.owned
         buffered += holding.buffered
-        owned += total
-        moments += momentum * muon + 8 * (total - muon)
+        owned += elements
+        state += moments
     return Memory(
         weights=weight * buffered,
         gradients=4 * buffered,
         master=4 * owned,
-        momentum=moments,
+        momentum=state,
         activations=activation_bytes(config, stage, micro_batches(config, world_size)),
         step=8 * owned,
     )

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from megatron_hyperp.config import Config
 from megatron_hyperp.optim.ownership import partial_matrices
-from megatron_hyperp.optim.routing import MUON_RULES
 from megatron_hyperp.optim.tensor_parallel import Cost
 from megatron_hyperp.planning.memory import Holding
 from megatron_hyperp.planning.traffic import GRADIENT_BYTES, family_costs
@@ -65,7 +64,7 @@ def step_costs(config: Config, world_size: int, held: Sequence[Holding]) -> list
     exchange, norms = _total(_exchange(config, item) for item in held), _norms(held, world_size)
     # Neighbouring ranks own the same things: they share tensors, or hold other experts of as many.
     own = [[_total(family_costs(config, item, rank)) for rank in range(item.data)] for item in held]
-    touched = [_touched(config, item) for item in held]
+    touched = [_touched(item) for item in held]
     return [
         StepCost(
             _total(own[index][rank * item.data // ranks] for index, item in enumerate(held)),
@@ -109,11 +108,10 @@ def _norms(held: Sequence[Holding], world_size: int) -> Cost:
     return Cost(0.0, sum(sent), 0.0, len(sent))
 
 
-def _touched(config: Config, item: Holding) -> list[float]:
+def _touched(item: Holding) -> list[float]:
     """Bytes that each rank owns of gradients, fp32 weights and state."""
-    momentum = 2 if config.optimizer.momentum_dtype == "bf16" else 4
     result = [0.0] * item.data
     for piece in item.plan.pieces:
-        state = momentum if item.routes[piece.route].rule in MUON_RULES else 8
-        result[piece.rank] += (8 + state) * piece.block.numel
+        state = item.routes[piece.route].rule.state_bytes(*piece.block.shape)
+        result[piece.rank] += 8 * piece.block.numel + state
     return result

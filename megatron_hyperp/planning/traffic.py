@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from megatron_hyperp.config import Config, micro_batches
 from megatron_hyperp.model.fp8 import is_rounded
-from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from megatron_hyperp.optim.ownership import Piece
 from megatron_hyperp.optim.tensor_parallel import Cost, Job, costs, machine, taken
 from megatron_hyperp.parameters import DISTINCT
@@ -136,7 +135,7 @@ def family_costs(config: Config, item: Holding, rank: int) -> list[Cost]:
         item: what the rank holds.
         rank: within the data-parallel group.
     """
-    newton_schulz, rates = NewtonSchulz.of(config.optimizer), machine()
+    rates = machine()
     families: dict[tuple[object, ...], list[Piece]] = {}
     for piece in item.orthogonalized[rank]:
         entry = item.routes[piece.route]
@@ -144,7 +143,8 @@ def family_costs(config: Config, item: Holding, rank: int) -> list[Cost]:
         families.setdefault(key, []).append(piece)
     result = []
     for pieces in families.values():
-        job = _job(item, pieces)
+        job, newton_schulz = _job(item, pieces), item.routes[pieces[0].route].rule.newton_schulz
+        assert newton_schulz is not None
         result.append(costs(job, newton_schulz)[taken(job, newton_schulz, rates, config.optimizer.ns_strategy)])
     return result
 

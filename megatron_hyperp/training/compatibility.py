@@ -70,15 +70,21 @@ def check_compatible(folder: Path, config: Config, *, weights_only: bool = False
     Raises:
         UsageError: another architecture, spheres or kind of optimizer state; every field that differs is named.
     """
-    from megatron_hyperp.optim.routing import RULES, SPHERE_RULES
+    from megatron_hyperp.optimizer_options import rule_classes
 
     saved = arguments.load_stored(folder / CONFIG_FILE)
     # First: another recipe also changes multipliers, which below would look like another architecture.
-    there, here = saved.optimizer.optimizer, config.optimizer.optimizer
-    if RULES[there] != RULES[here] and not weights_only:
+    there, here = rule_classes(saved.optimizer), rule_classes(config.optimizer)
+    other_rules = [
+        f"{role} weights: {there[role].name} there, {here[role].name} here"
+        for role in there
+        if there[role].name != here[role].name
+    ]
+    if other_rules and not weights_only:
         raise UsageError(
-            f"the checkpoint {folder} has the optimizer state of {there}, which {here} cannot take over;"
-            f" give --optimizer {there}, or start anew",
+            f"the checkpoint {folder} has the optimizer state of {saved.optimizer.optimizer}, which"
+            f" {config.optimizer.optimizer} cannot take over ({'; '.join(other_rules)}); give --optimizer"
+            f" {saved.optimizer.optimizer} and its rules, or take the weights alone with --pretrained-checkpoint",
             same_on_all_ranks=True,
         )
     changed = [
@@ -86,7 +92,7 @@ def check_compatible(folder: Path, config: Config, *, weights_only: bool = False
         for section, name in SPHERES
         if getattr(getattr(saved, section), name) != getattr(getattr(config, section), name)
     ]
-    if changed and set(RULES[here].values()) & set(SPHERE_RULES):
+    if changed and config.optimizer.has_spheres:
         raise UsageError(
             f"the checkpoint {folder} has its weights on other spheres: {'; '.join(changed)}; give its values",
             same_on_all_ranks=True,
@@ -126,10 +132,8 @@ def changed_settings(folder: Path, config: Config) -> list[str]:
 
 def weights_notes(folder: Path, config: Config) -> list[str]:
     """Return a line if weights that were trained off the spheres are put on spheres that follow from shapes."""
-    from megatron_hyperp.optim.routing import RULES, SPHERE_RULES
-
     saved = arguments.load_stored(folder / CONFIG_FILE)
-    there, here = (bool({*RULES[each.optimizer.optimizer].values()} & {*SPHERE_RULES}) for each in (saved, config))
+    there, here = (each.optimizer.has_spheres for each in (saved, config))
     if there or not here or config.optimizer.radius == "from-weights":
         return []
     return [

@@ -180,7 +180,7 @@ def ownership(domains: Sequence[Any]) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = [head]
     for title, domain in zip(("all but experts", "experts"), domains, strict=False):
         plan = domain.plan
-        matrices = [entry.orthogonalized for entry in domain.routes]
+        matrices = [entry.rule.newton_schulz is not None for entry in domain.routes]
         owners = {piece.rank for piece in plan.pieces if matrices[piece.route]}
         mine = sum(matrices[piece.route] for piece in domain.mine)
         times = [1e3 * sum(plan.loads) / len(plan.loads), 1e3 * max(plan.loads), plan.imbalance]

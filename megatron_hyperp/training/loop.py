@@ -349,8 +349,6 @@ class Trainer:
 
         training = self.config.training
         if not forward_only:
-            for chunk in self.chunks:
-                chunk.zero_grad_buffer()
             self.optimizer.zero_grad()
         step = partial(forward_step, draw=self.phases.around("data", next))
         outputs = get_forward_backward_func()(

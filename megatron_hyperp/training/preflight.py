@@ -57,7 +57,7 @@ def check(config: Config, world_size: int) -> tuple[Config, Tokenizer | None, Pa
     _check_kernels(config)
     check_reports(config, world_size, _last_iteration(config, course, folder))
     options = config.optimizer
-    dtype = device.newton_schulz_dtype(options.ns_dtype, gram=options.asks_for_gram)
+    dtype = device.newton_schulz_dtype(options.ns_dtype, gram="gram" in (options.ns_form, options.ns_strategy))
     try:
         check_backend(options.ns_backend, dtype)
     except UsageError as error:

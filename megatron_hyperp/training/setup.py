@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,6 +13,7 @@ from megatron_hyperp.config import Config
 if TYPE_CHECKING:
     from megatron_hyperp.model.delayed import DelayedScales
     from megatron_hyperp.moe.balance import Balance
+    from megatron_hyperp.numerics.fp8 import WeightScale
     from megatron_hyperp.optim.data_parallel import DataParallel
     from megatron_hyperp.optim.distributed import HyperPOptimizer
 
@@ -55,7 +56,6 @@ def build(
     """
     from megatron_hyperp.model.build import build_model, transformer_config
     from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
-    from megatron_hyperp.optim.distributed import get_hyperp_optimizer
 
     core_config, parallel = transformer_config(config), config.parallel
     chunks = wrap_for_data_parallelism(
@@ -64,4 +64,30 @@ def build(
         overlap_grad_reduce=device.overlaps(parallel.overlap_grad_reduce),
         overlap_param_gather=device.overlaps(parallel.overlap_param_gather),
     )
-    return chunks, get_hyperp_optimizer(config, chunks, radii=radii, log=log)
+    return chunks, optimizer_of(config, chunks, radii=radii, log=log)
+
+
+def optimizer_of(
+    config: Config,
+    chunks: Sequence[DataParallel],
+    *,
+    radii: Mapping[str, float] | None = None,
+    log: Callable[[str], None] | None = None,
+) -> HyperPOptimizer:
+    """Build the optimizer of wrapped chunks for a resolved config; see :func:`build` for the arguments."""
+    from megatron_hyperp.model.fp8 import weight_scales
+    from megatron_hyperp.optim.building import build_optimizer
+    from megatron_hyperp.optimizer_options import heads_of, optimizer_options
+
+    scales: dict[torch.nn.Parameter, WeightScale] = {}
+    for chunk in chunks if config.training.fp8_param_gather else ():
+        scales |= weight_scales(chunk.module, config)
+    return build_optimizer(
+        chunks,
+        optimizer_options(config, radii),
+        exchange=chunks[0].exchange,
+        heads=heads_of(config),
+        scales=scales,
+        bucket_size=config.parallel.ddp_bucket_size,
+        log=log,
+    )

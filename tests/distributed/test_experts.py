@@ -63,7 +63,7 @@ def train_experts(folder: str, overlap: bool) -> dict[str, Any]:
 
     from megatron_hyperp import device
     from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
-    from megatron_hyperp.optim.distributed import get_hyperp_optimizer
+    from megatron_hyperp.training.setup import optimizer_of
 
     device.adapt_megatron()
     device.init_process_group(1)
@@ -73,7 +73,7 @@ def train_experts(folder: str, overlap: bool) -> dict[str, Any]:
     config = toy_config("unused", Path(folder), **fields).resolve(world_size=4)
     core = TransformerConfig(num_layers=1, hidden_size=32, num_attention_heads=4, calculate_per_token_loss=True)
     [chunk] = wrap_for_data_parallelism(core, [StandIn()], overlap_grad_reduce=overlap, overlap_param_gather=overlap)
-    optimizer = get_hyperp_optimizer(config, [chunk])
+    optimizer = optimizer_of(config, [chunk])
     shapes = {name: parameter.shape for name, parameter in chunk.module.named_parameters()}
     norms = []
     for step in range(STEPS):

@@ -71,12 +71,12 @@ def operations_of(layers: int, folder: str, recipe: dict[str, Any]) -> dict[str,
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
-    from megatron_hyperp.optim.distributed import get_hyperp_optimizer
+    from megatron_hyperp.training.setup import optimizer_of
 
     config = toy_config("unused", Path(folder), hidden_size=16, num_layers=1, **recipe)
     core = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1, calculate_per_token_loss=True)
     [chunk] = wrap_for_data_parallelism(core, [StandIn(layers)])
-    optimizer = get_hyperp_optimizer(config.resolve(world_size=dist.get_world_size()), [chunk])
+    optimizer = optimizer_of(config.resolve(world_size=dist.get_world_size()), [chunk])
     for parameter in chunk.module.parameters():
         parameter.main_grad.fill_(1.0)  # type: ignore[attr-defined]
     result = {

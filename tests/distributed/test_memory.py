@@ -36,8 +36,7 @@ def measure_states(flags: str, ranks: int) -> tuple[int, int]:
     from megatron_hyperp import device
     from megatron_hyperp.model.build import build_balance, build_model, transformer_config
     from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
-    from megatron_hyperp.optim.distributed import get_hyperp_optimizer
-    from megatron_hyperp.training.setup import initialize_megatron
+    from megatron_hyperp.training.setup import initialize_megatron, optimizer_of
 
     device.adapt_megatron()
     device.init_process_group(1)
@@ -45,7 +44,7 @@ def measure_states(flags: str, ranks: int) -> tuple[int, int]:
     initialize_megatron(config)
     core = transformer_config(config)
     chunks = wrap_for_data_parallelism(core, build_model(config, core, build_balance(config)))
-    optimizer = get_hyperp_optimizer(config, chunks)
+    optimizer = optimizer_of(config, chunks)
     tensors = [bucket.weights for bucket in optimizer.exchange.buckets]
     tensors += [bucket.gradients for bucket in optimizer.exchange.buckets]
     for chunk in chunks:

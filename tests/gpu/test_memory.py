@@ -30,8 +30,7 @@ def measure(flags: str) -> tuple[int, int]:
     """Take a step on a new rank; return planned and measured peak bytes."""
     from megatron_hyperp.model.build import build_balance, build_model, transformer_config
     from megatron_hyperp.optim.data_parallel import wrap_for_data_parallelism
-    from megatron_hyperp.optim.distributed import get_hyperp_optimizer
-    from megatron_hyperp.training.setup import initialize_megatron
+    from megatron_hyperp.training.setup import initialize_megatron, optimizer_of
 
     device.adapt_megatron()
     device.init_process_group(2)
@@ -41,7 +40,7 @@ def measure(flags: str) -> tuple[int, int]:
     core = transformer_config(config)
     balance = build_balance(config)
     [chunk] = wrap_for_data_parallelism(core, build_model(config, core, balance))
-    optimizer = get_hyperp_optimizer(config, [chunk])
+    optimizer = optimizer_of(config, [chunk])
     batch, length = config.training.micro_batch_size, config.model.seq_length
     tokens = torch.randint(config.model.vocab_size, (batch, length), device=device.device())
     positions = torch.arange(length, device=device.device()).expand(batch, length)

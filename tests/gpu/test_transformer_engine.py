@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from megatron_hyperp import libraries
-from megatron_hyperp.model.fp8 import round_trip, scale_of
+from megatron_hyperp.numerics.fp8 import round_trip, scale_of
 from megatron_hyperp.training.logging import read_metrics
 from tests.layers import Cases, first_gradients, losses, train_all, train_and_save
 from tests.run_distributed import run_distributed

@@ -12,6 +12,7 @@ from megatron_hyperp import device
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from megatron_hyperp.optim.ownership import Piece, Plan, plan_ownership
 from megatron_hyperp.optim.routing import Route
+from megatron_hyperp.optim.rules.muon import MuonHRule
 from megatron_hyperp.optim.sphere import muonh_radius
 from megatron_hyperp.optim.tensor_parallel import MACHINES, Job, predicted_seconds
 from megatron_hyperp.parameters import REPLICATED, Block
@@ -20,6 +21,7 @@ DEPTH, WIDTH, HEAD = 24, 24 * 128, 128
 TOP_K = 8
 EXPERTS = 8 * TOP_K
 NEWTON_SCHULZ, MACHINE = NewtonSchulz(dtype=torch.float16), MACHINES["cuda"]
+RULE = MuonHRule(orthogonalizer=NEWTON_SCHULZ)
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +35,7 @@ def matrix(name: str, rows: int, columns: int, dim: int, tensor_parallel_size: i
     local = [size // tensor_parallel_size if axis == dim else size for axis, size in enumerate((rows, columns))]
     parameter = torch.nn.Parameter(torch.empty(local, device="meta"))
     radius = muonh_radius(rows)
-    return Route(name, parameter, Block.whole(parameter), "hidden", "muonh", (rows, columns), dim, radius, 1.0, True)
+    return Route(name, parameter, Block.whole(parameter), "hidden", RULE, (rows, columns), dim, radius, 1.0, True)
 
 
 def attention(layer: int, tensor_parallel_size: int) -> list[Route]:
@@ -76,7 +78,7 @@ def moe_model(tensor_parallel_size: int) -> list[Route]:
 
 def plan_of(routes: Sequence[Route], ranks: int, tensor_parallel_size: int, *, teams: bool = True) -> Plan:
     size = tensor_parallel_size
-    return plan_ownership(routes, ranks, NEWTON_SCHULZ, MACHINE, tensor_parallel_size=size, teams=teams)
+    return plan_ownership(routes, ranks, MACHINE, tensor_parallel_size=size, teams=teams)
 
 
 def by_route(plan: Plan) -> Iterator[tuple[int, list[Piece]]]:
@@ -123,7 +125,6 @@ def test_experts_balance_what_the_dense_part_leaves(tensor_parallel_size: int) -
         part = plan_ownership(
             own,
             ranks // parallel,
-            NEWTON_SCHULZ,
             MACHINE,
             tensor_parallel_size=tensor_parallel_size,
             loads=loads,

@@ -78,7 +78,7 @@ def test_every_role_has_a_group() -> None:
         ("decoder.layers.1.mlp.linear_fc1.weight", "hidden"): "mlp",
         ("decoder.layers.1.mlp.shared_experts.linear_fc1.weight", "hidden"): "mlp",
         ("decoder.layers.1.mlp.experts.local_experts.7.linear_fc1.weight", "hidden"): "experts",
-        ("decoder.layers.1.mlp.router.weight", "hidden"): "router",
+        ("decoder.layers.1.mlp.router.weight", "router"): "router",
         ("decoder.layers.1.self_attention.q_layernorm.weight", "vector"): "vectors",
     }
     assert {pair: group_of(*pair) for pair in names} == names

@@ -191,7 +191,10 @@ YAML_REFUSALS: list[tuple[str | bytes, str]] = [
     ("data: {data_path: {a: 1}}", r"data\.data_path is \{'a': 1\}; it must be a list of strings"),
     ("data: {data_path: [a, [b]]}", r"data\.data_path is .*; it must be a list of strings"),
     ("data: {data_path: 5}", r"data\.data_path is 5; it must be a list of strings"),
-    ("optimizer: {optimizer: sgd}", r"optimizer\.optimizer is 'sgd'; allowed are hyperp, muonh, muon, adamw"),
+    (
+        "optimizer: {optimizer: sgd}",
+        r"optimizer\.optimizer is 'sgd'; allowed are hyperp, muonh, normuonh, muon, norm",
+    ),
     ("optimizer: {ns_dtype: null}", r"optimizer\.ns_dtype is None; allowed are auto, "),
     ("model: {", r"config .*config\.yaml is not YAML: .*line 1"),
     ("a: b: c", r"config .*config\.yaml is not YAML: .*line 1"),
@@ -219,7 +222,7 @@ FLAG_REFUSALS = [
     ("--train-iters nan", "--train-iters is 'nan'; it must be an integer"),
     ("--train-iters " + 5000 * "9", r"--train-iters is '9+\.\.\.9+'; it must be an integer below 2\^63"),
     ("--run-dir \0", r"--run-dir is '\\x00'; it must be a string \(UTF-8, without NUL\)"),
-    ("--optimizer sgd", "--optimizer is 'sgd'; allowed are hyperp, muonh, muon, adamw"),
+    ("--optimizer sgd", "--optimizer is 'sgd'; allowed are hyperp, muonh, normuonh, muon, norm"),
     ("--config absent.yaml", r"config absent\.yaml cannot be read: No such file or directory; check the path"),
     (
         f"--config {SIZED} --depth 8",

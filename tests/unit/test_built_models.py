@@ -141,8 +141,9 @@ def test_every_parameter_of_a_mixture_has_its_role(title: str, built: dict[str, 
     assert roles == {
         "embedding": 1,
         "output": 1,
-        # Attention, router, routed and shared experts.
-        "hidden": layers * (2 + 1 + 2 * moe.num_experts + 2 * shared),
+        "router": layers,
+        # Attention, routed and shared experts.
+        "hidden": layers * (2 + 2 * moe.num_experts + 2 * shared),
         "vector": layers * 4 + 1,
     }
     for name, item in built[title].items():

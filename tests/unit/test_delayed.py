@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_hyperp.model.delayed import ROLES, DelayedEmulation, DelayedScales
-from megatron_hyperp.model.fp8 import LARGEST, Fp8Recipe, round_trip
+from megatron_hyperp.model.fp8 import Fp8Recipe
+from megatron_hyperp.numerics.fp8 import LARGEST, round_trip
 from tests.toy import one_rank
 
 RECIPE = Fp8Recipe("e5m2")

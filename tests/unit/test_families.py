@@ -12,12 +12,13 @@ import torch.distributed as dist
 from megatron_hyperp.optim.buckets import Bucket, Share
 from megatron_hyperp.optim.families import Run, runs_of
 from megatron_hyperp.optim.routing import Route
+from megatron_hyperp.optim.rules.muon import MuonHRule
 from megatron_hyperp.parameters import REPLICATED, Block
 
 
 def routes_of(parameter: torch.nn.Parameter, blocks: list[Block]) -> list[Route]:
     return [
-        Route("weight", parameter, block, "hidden", "muonh", block.shape, REPLICATED, 1.0, 1.0, True)
+        Route("weight", parameter, block, "hidden", MuonHRule(), block.shape, REPLICATED, 1.0, 1.0, True)
         for block in blocks
     ]
 

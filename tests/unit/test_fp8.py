@@ -7,18 +7,8 @@ import math
 import pytest
 import torch
 
-from megatron_hyperp.model.fp8 import (
-    BLOCK,
-    DTYPES,
-    LARGEST,
-    SPHERE_CLIP,
-    Format,
-    Scaling,
-    quantized,
-    round_trip,
-    scale_of,
-    sphere_scale,
-)
+from megatron_hyperp.model.fp8 import BLOCK, SPHERE_CLIP, Scaling, quantized, sphere_scale
+from megatron_hyperp.numerics.fp8 import DTYPES, LARGEST, Format, round_trip, scale_of
 from megatron_hyperp.optim.sphere import muonh_radius
 
 FORMATS: list[Format] = ["e4m3", "e5m2"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_hyperp.model.init import _shard
+from megatron_hyperp.optim.options import HyperPConfig
 from megatron_hyperp.optim.routing import Heads, Route, describe, route
 from megatron_hyperp.parameters import DISTINCT, REPLICATED
 
@@ -34,13 +35,8 @@ def numbered(name: str) -> torch.Tensor:
 def routes_of(
     name: str, parameter: torch.nn.Parameter, ranks: int, split: str, optimizer: str = "hyperp"
 ) -> list[Route]:
-    return route(
-        [(name, parameter)],
-        optimizer=optimizer,
-        tensor_parallel_size=ranks,
-        matrix_split=split,
-        heads=HEADS,
-    )
+    options = HyperPConfig(lr=1.0, optimizer=optimizer, matrix_split=split)  # type: ignore[arg-type]
+    return route([(name, parameter)], options, tensor_parallel_size=ranks, heads=HEADS)
 
 
 def matrices(entries: list[Route]) -> dict[str, torch.Tensor]:
@@ -125,7 +121,7 @@ def test_other_matrices_stay_whole(split: str) -> None:
 @pytest.mark.parametrize("name", [QKV, FC1])
 def test_fused_weights_are_one_matrix_by_default(name: str) -> None:
     parameter = shard(name, numbered(name), 0, 2)
-    (entry,) = route([(name, parameter)], optimizer="hyperp", tensor_parallel_size=2)
+    (entry,) = route([(name, parameter)], HyperPConfig(lr=1.0), tensor_parallel_size=2)
     assert (entry.name, entry.shape, entry.partition_dim) == (name, SHAPES[name], 0)
     assert entry.radius == math.sqrt(SHAPES[name][0] / 3)
     assert torch.equal(entry.block.matrix(parameter), parameter)
@@ -136,12 +132,12 @@ def test_only_what_is_orthogonalized_is_split(split: str) -> None:
     for name in (QKV, FC1):
         parameter = shard(name, numbered(name), 0, 1)
         (entry,) = routes_of(name, parameter, 1, split, optimizer="adamw")
-        assert (entry.name, entry.rule, entry.shape, entry.radius) == (name, "adamw", SHAPES[name], None)
+        assert (entry.name, entry.rule.name, entry.shape, entry.radius) == (name, "adamw", SHAPES[name], None)
         split_by_muon = routes_of(name, parameter, 1, split, optimizer="muon")
         assert [entry.shape for entry in split_by_muon] == [
             entry.shape for entry in routes_of(name, parameter, 1, split)
         ]
-        assert {(entry.rule, entry.radius) for entry in split_by_muon} == {("muon", None)}
+        assert {(entry.rule.name, entry.radius) for entry in split_by_muon} == {("muon", None)}
 
 
 PARTS = {
@@ -169,7 +165,7 @@ def test_the_table_lists_every_part_of_every_parameter(split: str) -> None:
         for layer in range(3)
         for name, shape in {**SHAPES, PROJ: (WIDTH, 24), FC2: (WIDTH, FFN)}.items()
     ]
-    entries = route(pairs, optimizer="hyperp", tensor_parallel_size=1, matrix_split=split, heads=HEADS)
+    entries = route(pairs, HyperPConfig(lr=1.0, matrix_split=split), tensor_parallel_size=1, heads=HEADS)  # type: ignore[arg-type]
     found = {}
     for line in describe(entries).splitlines()[1:]:
         name, _, shape, *_, count = re.split(r"  +", line)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_hyperp.optim.muonh import momentum_
+from megatron_hyperp.optim.rules.muon import momentum_
 
 MU = 0.95
 # Largest relative error of rounding to bf16: half a unit in the last of 8 bits.

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 
+from megatron_hyperp.optim.options import HyperPConfig
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from megatron_hyperp.optim.ownership import Piece, Plan, longest_processing_time, plan_ownership
 from megatron_hyperp.optim.routing import Heads, Route, route
@@ -46,11 +47,12 @@ def small_model(tensor_parallel_size: int, split: str = "fused", optimizer: str 
         if dim is not None:
             parameter.tensor_model_parallel, parameter.partition_dim = True, dim  # type: ignore[attr-defined]
         pairs.append((name, parameter))
-    return route(pairs, optimizer=optimizer, tensor_parallel_size=tensor_parallel_size, matrix_split=split, heads=HEADS)
+    options = HyperPConfig(lr=1.0, optimizer=optimizer, matrix_split=split)  # type: ignore[arg-type]
+    return route(pairs, options, tensor_parallel_size=tensor_parallel_size, heads=HEADS)
 
 
 def plan_of(routes: Sequence[Route], ranks: int, machine: Machine = SINGLE, tensor_parallel_size: int = 1) -> Plan:
-    return plan_ownership(routes, ranks, NEWTON_SCHULZ, machine, tensor_parallel_size=tensor_parallel_size)
+    return plan_ownership(routes, ranks, machine, tensor_parallel_size=tensor_parallel_size)
 
 
 def by_route(plan: Plan) -> dict[int, list[Piece]]:
@@ -90,7 +92,7 @@ def test_matrices_have_one_owner_or_one_team(
     for index, pieces in by_route(plan).items():
         entry = routes[index]
         members = tuple(piece.rank for piece in pieces)
-        if entry.orthogonalized:
+        if entry.rule.needs_matrix:
             owners.setdefault(entry.parameter, set()).add(members)
             dims = {piece.team_dim for piece in pieces}
             if len(pieces) == 1:
@@ -117,11 +119,11 @@ def test_loads_are_the_costs_of_what_is_owned(
     """On top of the work that the ranks already had."""
     routes = small_model(tensor_parallel_size, split)
     loads = [float(rank % 3) for rank in range(ranks)]
-    plan = plan_ownership(routes, ranks, NEWTON_SCHULZ, machine, tensor_parallel_size=tensor_parallel_size, loads=loads)
-    alike = Counter(entry.shape for entry in routes if entry.orthogonalized)
+    plan = plan_ownership(routes, ranks, machine, tensor_parallel_size=tensor_parallel_size, loads=loads)
+    alike = Counter(entry.shape for entry in routes if entry.rule.needs_matrix)
     for index, pieces in by_route(plan).items():
         entry, team = routes[index], len(pieces)
-        if not entry.orthogonalized:
+        if not entry.rule.needs_matrix:
             continue
         # As one of the matrices of its shape that a rank has.
         count = -(-alike[entry.shape] * team // ranks)
@@ -168,20 +170,20 @@ def test_given_loads_are_respected() -> None:
     free = plan_of(routes, 4)
     # More work than all of Newton-Schulz: a rank that has it gets none.
     busy = sum(free.loads)
-    plan = plan_ownership(routes, 4, NEWTON_SCHULZ, SINGLE, loads=[0.0, busy, 0.0, busy], teams=False)
-    owners = {piece.rank for piece in plan.pieces if routes[piece.route].orthogonalized}
+    plan = plan_ownership(routes, 4, SINGLE, loads=[0.0, busy, 0.0, busy], teams=False)
+    owners = {piece.rank for piece in plan.pieces if routes[piece.route].rule.needs_matrix}
     assert owners == {0, 2}
     assert [plan.loads[1], plan.loads[3]] == pytest.approx([busy, busy])
     assert sum(plan.loads) == pytest.approx(3 * busy)
     # Beside loads that are all equal the plan is that without them.
-    same = plan_ownership(routes, 4, NEWTON_SCHULZ, SINGLE, loads=[busy] * 4)
+    same = plan_ownership(routes, 4, SINGLE, loads=[busy] * 4)
     assert same.pieces == free.pieces
 
 
 def single(*shape: int) -> Route:
     """One matrix, of which there is no other."""
     name, parameter = "decoder.layers.0.mlp.linear_fc2.weight", torch.nn.Parameter(torch.empty(shape, device="meta"))
-    (entry,) = route([(name, parameter)], optimizer="hyperp", tensor_parallel_size=1)
+    (entry,) = route([(name, parameter)], HyperPConfig(lr=1.0), tensor_parallel_size=1)
     return entry
 
 
@@ -189,14 +191,14 @@ def test_what_is_heavy_depends_on_the_given_loads() -> None:
     entry = single(32, 128)
     free = plan_of([entry], 4, SHARING)
     assert free.heavy == 1
-    busy = plan_ownership([entry], 4, NEWTON_SCHULZ, SHARING, loads=[2 * sum(free.loads)] * 4)
+    busy = plan_ownership([entry], 4, SHARING, loads=[2 * sum(free.loads)] * 4)
     assert (busy.heavy, busy.team) == (0, 1)
 
 
 def test_a_team_is_made_of_the_least_loaded_ranks() -> None:
     entry = single(32, 512)
     half = predicted_seconds(Job(1, 32, 512, 1, 2), NEWTON_SCHULZ, SHARING)
-    plan = plan_ownership([entry], 4, NEWTON_SCHULZ, SHARING, loads=[half, half, 0.0, 0.0])
+    plan = plan_ownership([entry], 4, SHARING, loads=[half, half, 0.0, 0.0])
     assert [(piece.rank, piece.block) for piece in plan.pieces] == list(zip((2, 3), entry.block.cut(1, 2), strict=True))
     assert plan.loads == pytest.approx([half] * 4)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_hyperp.optim.routing import RULES, describe, route
+from megatron_hyperp.optim.options import RECIPES, HyperPConfig
+from megatron_hyperp.optim.routing import describe, route
 from megatron_hyperp.parameters import (
     REPLICATED,
     ROLES,
@@ -32,7 +33,7 @@ NAMES = {
     "decoder.layers.3.self_attention.linear_proj.weight": ("hidden", (4, 4)),
     "decoder.layers.3.mlp.linear_fc1.weight": ("hidden", (16, 4)),
     "decoder.layers.3.mlp.linear_fc2.weight": ("hidden", (4, 8)),
-    "decoder.layers.3.mlp.router.weight": ("hidden", (6, 4)),
+    "decoder.layers.3.mlp.router.weight": ("router", (6, 4)),
     "decoder.layers.3.mlp.experts.local_experts.5.linear_fc1.weight": ("hidden", (16, 4)),
     "decoder.layers.3.mlp.experts.local_experts.5.linear_fc2.weight": ("hidden", (4, 8)),
     "decoder.layers.3.mlp.shared_experts.linear_fc1.weight": ("hidden", (16, 4)),
@@ -141,7 +142,7 @@ def test_names_count_experts_over_all_expert_parallel_ranks() -> None:
             "mlp.router.weight",
         )
     ]
-    assert {role_of(name, value) for name, value in named_parameters(chunk) if "mlp" in name} == {"hidden"}
+    assert {role_of(name, value) for name, value in named_parameters(chunk) if "mlp" in name} == {"hidden", "router"}
 
 
 @pytest.mark.parametrize("expert_tensor_parallel_size", [1, 2])
@@ -162,25 +163,20 @@ def test_routed_experts_alone_are_marked(expert_tensor_parallel_size: int) -> No
     assert sum(map(is_expert, chunk.parameters())) == 2
 
 
-@pytest.mark.parametrize("optimizer", RULES)
+@pytest.mark.parametrize("optimizer", RECIPES)
 def test_routes(optimizer: str) -> None:
     pairs = [(name, parameter(*shape)) for name, (_, shape) in NAMES.items()]
-    routes = route(
-        pairs,
-        optimizer=optimizer,
-        tensor_parallel_size=1,
-        radius_scale=2.0,
-        matrix_lr_mult=0.5,
-        embedding_lr_mult=3.0,
-        adam_lr_mult=0.1,
-        qk_norm_lr_mult=0.5,
-    )
+    mults = {"hidden": 0.5, "router": 0.25, "embedding": 3.0, "output": 0.1, "vector": 0.1, "qk_gain": 0.5}
+    options = HyperPConfig(lr=1.0, optimizer=optimizer, radius_scale=2.0, lr_mults=mults)
+    routes = route(pairs, options, tensor_parallel_size=1)
     assert [entry.name for entry in routes] == list(NAMES)
     by_name = {entry.name: entry for entry in routes}
     hidden = by_name["decoder.layers.3.mlp.linear_fc1.weight"]
     head = by_name["output_layer.weight"]
-    assert hidden.rule == {"hyperp": "muonh", "muonh": "muonh", "muon": "muon", "adamw": "adamw"}[optimizer]
-    assert by_name["embedding.word_embeddings.weight"].rule == "adamw"
+    router = by_name["decoder.layers.3.mlp.router.weight"]
+    assert hidden.rule.name == router.rule.name == optimizer.replace("hyperp", "muonh")
+    assert by_name["embedding.word_embeddings.weight"].rule.name == "adamw"
+    assert router.lr_mult == 0.25
     assert (hidden.lr_mult, head.lr_mult, by_name["embedding.word_embeddings.weight"].lr_mult) == (0.5, 0.1, 3.0)
     gains = {name: entry.lr_mult for name, entry in by_name.items() if entry.role == "vector"}
     assert {name for name, factor in gains.items() if factor == pytest.approx(0.05)} == {
@@ -188,7 +184,7 @@ def test_routes(optimizer: str) -> None:
     }
     assert set(gains.values()) == {0.1, 0.05}
     assert [entry.decays for entry in routes if entry.role in ("embedding", "vector")] == [False] * 5
-    if optimizer in ("hyperp", "muonh"):
+    if optimizer in ("hyperp", "muonh", "normuonh"):
         assert hidden.radius == pytest.approx(2.0 * (16 / 3) ** 0.5)
         assert head.radius == pytest.approx(0.02 * 32**0.5)
     else:
@@ -199,8 +195,8 @@ def test_routes(optimizer: str) -> None:
     assert len(table.splitlines()) == len(NAMES) + 1
 
 
-def test_frozen_parameters_are_refused() -> None:
-    frozen = parameter(4)
+def test_frozen_parameters_get_no_rule() -> None:
+    frozen, trained = parameter(4), parameter(4)
     frozen.requires_grad_(False)
-    with pytest.raises(ValueError, match="the parameter anything is frozen"):
-        route([("anything", frozen)], optimizer="hyperp", tensor_parallel_size=1)
+    routes = route([("frozen", frozen), ("trained", trained)], HyperPConfig(lr=1.0), tensor_parallel_size=1)
+    assert [entry.name for entry in routes] == ["trained"]

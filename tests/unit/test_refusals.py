@@ -336,7 +336,7 @@ REFUSALS = [
     Refusal(
         f"{SMALL} --fp8-format e4m3 --fp8-emulation --fp8-weight-scale sphere --optimizer muon",
         "needs weights on spheres, which --optimizer muon leaves",
-        "give hyperp or muonh$",
+        "give hyperp, muonh or normuonh$",
     ),
     Refusal(
         f"{SMALL} --attention-backend sdpa --recompute-granularity selective",

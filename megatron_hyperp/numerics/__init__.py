@@ -1,0 +1,1 @@
+"""Arithmetic that the model and the optimizer share."""
