@@ -30,6 +30,10 @@ ROLES: dict[str, tuple[str, ...]] = {
     "vector": ("*norm.weight", "*.layer_norm_weight", "*.bias"),
 }
 
+# Groups whose norms and angles are logged, over all layers.
+GROUPS = ("embedding", "output", "attention", "mlp", "experts", "router", "vectors")
+# Groups of matrices inside layers.
+MATRIX_GROUPS = ("attention", "mlp", "experts", "router")
 
 # Of a grouped layer of experts: experts.linear_fc1.weight3
 _GROUPED = re.compile(r"(\.experts)\.(linear_fc[12])\.weight(\d+)$")
@@ -101,6 +105,24 @@ def role_by_name(name: str, more: str = "") -> str:
         what = "no role" if not found else f"{len(found)} roles ({', '.join(found)})"
         raise ValueError(f"{what} for the parameter {name}{more}; see ROLES in parameters.py")
     return found[0]
+
+
+def group_of(name: str, role: str) -> str:
+    """Return the group, one of :data:`GROUPS`, of a parameter; shared experts are the MLP's."""
+    if role == "vector":
+        return "vectors"
+    if role != "hidden":
+        return role
+    if ".self_attention." in name:
+        return "attention"
+    if ".mlp.router." in name:
+        return "router"
+    return "experts" if ".experts." in name else "mlp"
+
+
+def is_rounded(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a layer that runs in FP8 rounds the parameter: matrices of linear layers, not gains fused with them."""
+    return "linear_" in name and parameter.ndim == 2
 
 
 def partition_dim(parameter: torch.Tensor) -> int:

@@ -20,7 +20,7 @@ from megatron.core import parallel_state
 from megatron_hyperp.config import Config
 from megatron_hyperp.megatron_compat.layers import ColumnParallelLinear, Product, RowParallelLinear
 from megatron_hyperp.optim.sphere import muonh_radius
-from megatron_hyperp.parameters import global_shape, is_expert
+from megatron_hyperp.parameters import global_shape, is_expert, is_rounded
 
 Format = Literal["e4m3", "e5m2"]
 Scaling = Literal["tensorwise", "rowwise", "blockwise", "mxfp8"]
@@ -171,11 +171,6 @@ class WeightScale:
 
     fixed: float | None
     group: dist.ProcessGroup | None
-
-
-def is_rounded(name: str, parameter: torch.Tensor) -> bool:
-    """Whether a layer that runs in FP8 rounds the parameter: matrices of linear layers, not gains fused with them."""
-    return "linear_" in name and parameter.ndim == 2
 
 
 def weight_scales(chunk: torch.nn.Module, config: Config) -> dict[torch.nn.Parameter, WeightScale]:

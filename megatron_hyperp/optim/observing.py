@@ -14,24 +14,9 @@ import torch.distributed as dist
 from megatron_hyperp import device
 from megatron_hyperp.optim.families import Family
 from megatron_hyperp.optim.magnitudes import squared_norms
+from megatron_hyperp.parameters import GROUPS, MATRIX_GROUPS, group_of
 
-GROUPS = ("embedding", "output", "attention", "mlp", "experts", "router", "vectors")
-# Groups of matrices inside layers.
-MATRIX_GROUPS = ("attention", "mlp", "experts", "router")
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
-
-
-def group_of(name: str, role: str) -> str:
-    """Return the group, one of :data:`GROUPS`, of a parameter; shared experts are the MLP's."""
-    if role == "vector":
-        return "vectors"
-    if role != "hidden":
-        return role
-    if ".self_attention." in name:
-        return "attention"
-    if ".mlp.router." in name:
-        return "router"
-    return "experts" if ".experts." in name else "mlp"
 
 
 def turned(products: torch.Tensor, *, shrink: float, move: torch.Tensor | float) -> torch.Tensor:
