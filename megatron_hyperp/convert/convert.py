@@ -212,7 +212,7 @@ def describe(job: Job, source: Source, *, whole: bool, size: int) -> list[str]:
             " --radius from-weights keeps their own"
         )
     if job.target == "megatron-lm":
-        lines.append(f"for Megatron-LM's flags --load {job.output} {megatron_lm.FLAGS}")
+        lines.append(f"for Megatron-LM's flags --load {job.output} {megatron_lm.flags(source.config)}")
     if job.average is not None:
         lines.append(f"mean of the newest {job.average} checkpoints, matrices put back on their spheres")
     return lines

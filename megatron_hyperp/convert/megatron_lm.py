@@ -34,7 +34,7 @@ from megatron_hyperp.training.checkpointing import TRACKER, checkpoint_folder, i
 # Megatron-LM's name for a checkpoint of weights alone: it begins at iteration 0, and asks for no random states.
 RELEASE = "release"
 # Extra states, which layers of TransformerEngine ask for, are not in it.
-FLAGS = "--use-checkpoint-args --qk-layernorm --no-load-optim --no-load-rng --dist-ckpt-strictness log_all"
+_FLAGS = "--use-checkpoint-args --no-load-optim --no-load-rng --dist-ckpt-strictness log_all"
 # Arguments, with the only value that our model can express.
 _ONLY: dict[str, Any] = {
     "position_embedding_type": "rope",
@@ -47,6 +47,19 @@ _ONLY: dict[str, Any] = {
     "rotary_seq_len_interpolation_factor": None,
     "use_rope_scaling": False,
     "apply_layernorm_1p": False,
+    "layernorm_zero_centered_gamma": False,
+    "qk_l2_norm": False,
+    "no_rope_freq": None,
+    "rope_type": "rope",
+    "softmax_type": "vanilla",
+    "attention_output_gate": False,
+    "experimental_attention_variant": None,
+    "linear_attention_freq": None,
+    "hybrid_layer_pattern": None,
+    "heterogeneous_layers_config_path": None,
+    "activation_func_clamp_value": None,
+    "glu_linear_offset": 0.0,
+    "use_mup": False,
     "apply_query_key_layer_scaling": False,
     "multi_latent_attention": False,
     "window_size": None,
@@ -56,8 +69,16 @@ _ONLY: dict[str, Any] = {
     "moe_router_pre_softmax": False,
     "moe_router_enable_expert_bias": False,
     "moe_router_num_groups": None,
+    "moe_router_topk_scaling_factor": None,
+    "moe_token_drop_policy": "probs",
+    "moe_apply_probs_on_input": False,
+    "moe_latent_size": None,
+    "moe_mlp_glu_interleave_size": None,
+    "moe_shared_expert_glu_interleave_size": None,
     "moe_shared_expert_gate": False,
 }
+# How names of the model's own weights begin; the optimizer's have a prefix.
+_OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.", "mtp.")
 _ATTENTION, _MLP = "decoder.layers.{}.self_attention", "decoder.layers.{}.mlp"
 
 
@@ -146,6 +167,7 @@ class MegatronSource(Source):
             tokenizer=self.config.data.tokenizer_model,
             foreign=not state,
         )
+        self._check_all_known()
         self._undo = TensorReader(folder, UNDO) if (folder / f"{UNDO}.safetensors").is_file() else None
         self._folding = _Folding(self.config)
         for name, shape in self.parameters.items():
@@ -157,6 +179,13 @@ class MegatronSource(Source):
             check_dtype(str(folder), name, self.dtype(name))
             for piece, part, _ in self._folding.parts(name, shape.shape):
                 check_undo(self._undo, piece, part)
+
+    def _check_all_known(self) -> None:
+        """Refuse weights that a model here does not have: without them it would compute something else."""
+        known = {slab.key for name in self.parameters for slab in megatron_slabs(name, self.config)}
+        for key in sorted(self.reader.tensors):
+            if key.startswith(_OF_THE_MODEL) and not key.endswith("_extra_state") and key not in known:
+                raise UsageError(f"{self.folder} has {key}, which no model here has: it cannot be imported")
 
     def _slab(self, name: str) -> Slab:
         slabs = megatron_slabs(name, self.config)
@@ -228,7 +257,8 @@ def _fill(config: Config, given: Mapping[str, Any]) -> None:
     model.kv_channels = int(number("kv_channels", model.hidden_size // model.num_attention_heads))
     model.seq_length = int(number("seq_length", model.seq_length))
     model.max_position_embeddings = max(int(number("max_position_embeddings", 0)), model.seq_length)
-    model.norm_epsilon = float(number("norm_epsilon", 1e-5))
+    # --norm-epsilon has been kept under the name of Megatron-Core's config since 0.16.
+    model.norm_epsilon = float(number("layernorm_epsilon", number("norm_epsilon", 1e-5)))
     model.rotary_base = int(number("rotary_base", 10000))
     model.qk_layernorm = bool(given.get("qk_layernorm"))
     model.untie_embeddings_and_output_weights = bool(given.get("untie_embeddings_and_output_weights"))
@@ -239,6 +269,8 @@ def _fill(config: Config, given: Mapping[str, Any]) -> None:
         moe.moe_router_topk = int(number("moe_router_topk", 2))
         moe.moe_ffn_hidden_size = int(number("moe_ffn_hidden_size", model.ffn_hidden_size))
         moe.moe_shared_expert_intermediate_size = int(number("moe_shared_expert_intermediate_size", 0))
+        if given.get("moe_expert_capacity_factor") is not None:
+            moe.moe_expert_capacity_factor = float(given["moe_expert_capacity_factor"])
     else:
         fill_dense(moe)
 
@@ -251,6 +283,7 @@ def to_arguments(config: Config, layout: Layout, dtype: torch.dtype) -> argparse
         **{name: getattr(model, name) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels")},
         **{name: getattr(model, name) for name in ("num_attention_heads", "num_query_groups", "seq_length")},
         **{name: getattr(model, name) for name in ("qk_layernorm", "norm_epsilon", "rotary_base")},
+        "layernorm_epsilon": model.norm_epsilon,
         "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
         "group_query_attention": True,
         "max_position_embeddings": model.positions,
@@ -265,6 +298,7 @@ def to_arguments(config: Config, layout: Layout, dtype: torch.dtype) -> argparse
         "moe_router_topk": moe.moe_router_topk or 2,
         "moe_ffn_hidden_size": moe.moe_ffn_hidden_size or None,
         "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size or None,
+        "moe_expert_capacity_factor": moe.moe_expert_capacity_factor,
         "tensor_model_parallel_size": layout.tp,
         "pipeline_model_parallel_size": layout.pp,
         "expert_model_parallel_size": layout.ep,
@@ -278,6 +312,25 @@ def to_arguments(config: Config, layout: Layout, dtype: torch.dtype) -> argparse
         "params_dtype": dtype,
     }
     return argparse.Namespace(**given)
+
+
+def flags(config: Config) -> str:
+    """Return the flags with which Megatron-LM loads an export: those that it does not take from the checkpoint as well.
+
+    Args:
+        config: of the export.
+    """
+    model, moe = config.model, config.moe
+    found = [_FLAGS]
+    if model.qk_layernorm:
+        found.append("--qk-layernorm")
+    if model.norm_epsilon != 1e-5:
+        found.append(f"--norm-epsilon {model.norm_epsilon}")
+    if moe.num_experts:
+        found.append("--moe-router-dtype fp32")
+        if moe.moe_expert_capacity_factor is not None:
+            found.append(f"--moe-expert-capacity-factor {moe.moe_expert_capacity_factor}")
+    return " ".join(found)
 
 
 def check(config: Config) -> None:
