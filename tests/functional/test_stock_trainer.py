@@ -16,6 +16,7 @@ import torch
 
 from megatron_hyperp.convert import megatron_lm
 from megatron_hyperp.convert.hyperp import write_weights
+from megatron_hyperp.convert.megatron_arguments import flags
 from megatron_hyperp.convert.writing import Layout
 from megatron_hyperp.megatron_compat.versions import Version, megatron_core_version
 from tests import tolerances
@@ -125,8 +126,8 @@ def test_a_model_of_nvidias_trainer_comes_here_and_goes_back(
     converted(theirs, ours, ("megatron-lm", "hyperp"), capsys)
     assert our_loss(ours, corpora, capsys) == pytest.approx(there, abs=tolerances.EVALUATED_LOSS)
     said = converted(ours, back, ("hyperp", "megatron-lm"), capsys)
-    flags = re.findall(r"^for Megatron-LM's flags (.*)$", said, re.MULTILINE)[0].split()
-    again = stock_loss(corpora, *flags, "--train-iters", 1, "--skip-train")
+    printed = re.findall(r"^for Megatron-LM's flags (.*)$", said, re.MULTILINE)[0].split()
+    again = stock_loss(corpora, *printed, "--train-iters", 1, "--skip-train")
     assert again == pytest.approx(there, abs=tolerances.EVALUATED_LOSS)
 
 
@@ -142,6 +143,6 @@ def test_a_model_of_ours_evaluates_the_same_there(
     there.mkdir()
     write_weights(here, source, layout=Layout(), dtype=None, advance=lambda _: None)
     megatron_lm.write(there, source, layout=Layout(), dtype=None, advance=lambda _: None)
-    flags = ["--load", there, *megatron_lm.flags(source.config).split()]
-    found = stock_loss(corpora, *flags, "--train-iters", 1, "--skip-train")
+    loading = ["--load", there, *flags(source.config).split()]
+    found = stock_loss(corpora, *loading, "--train-iters", 1, "--skip-train")
     assert found == pytest.approx(our_loss(here, corpora, capsys), abs=tolerances.EVALUATED_LOSS)

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from megatron_hyperp import device
 from megatron_hyperp.convert import megatron_lm, state
-from megatron_hyperp.convert.megatron_lm import MegatronSource, from_arguments
+from megatron_hyperp.convert.megatron_arguments import flags, from_arguments, to_arguments
+from megatron_hyperp.convert.megatron_lm import MegatronSource
 from megatron_hyperp.convert.verify import compare
 from megatron_hyperp.convert.writing import Layout
 from megatron_hyperp.errors import UsageError
@@ -153,7 +154,7 @@ def test_what_a_gpt_of_megatron_lm_lacks_is_refused() -> None:
 
 
 def test_arguments_that_cannot_be_expressed_are_named() -> None:
-    given = vars(megatron_lm.to_arguments(model_config(), Layout(), torch.float32))
+    given = vars(to_arguments(model_config(), Layout(), torch.float32))
     assert from_arguments(given, "it").model.num_query_groups == 2
     # --norm-epsilon is layernorm_epsilon there, and was norm_epsilon before Megatron-Core 0.16.
     assert from_arguments(given | {"layernorm_epsilon": 1e-6}, "it").model.norm_epsilon == 1e-6
@@ -180,14 +181,14 @@ def test_arguments_that_cannot_be_expressed_are_named() -> None:
 
 
 def test_flags_name_what_megatron_lm_does_not_take_from_a_checkpoint() -> None:
-    assert "--qk-layernorm" in megatron_lm.flags(model_config())
-    plain = megatron_lm.flags(model_config(qk_layernorm=False))
+    assert "--qk-layernorm" in flags(model_config())
+    plain = flags(model_config(qk_layernorm=False))
     assert not [word for word in ("--qk-layernorm", "--norm-epsilon", "--moe") if word in plain]
     experts = {**EXPERTS, "moe_gate": "softmax", "norm_epsilon": 1e-6, "moe_expert_capacity_factor": 1.5}
-    assert megatron_lm.flags(model_config(**experts)).endswith(
+    assert flags(model_config(**experts)).endswith(
         " --qk-layernorm --norm-epsilon 1e-06 --moe-router-dtype fp32 --moe-expert-capacity-factor 1.5"
     )
-    given = vars(megatron_lm.to_arguments(model_config(**experts), Layout(), torch.float32))
+    given = vars(to_arguments(model_config(**experts), Layout(), torch.float32))
     assert from_arguments(given, "it").moe.moe_expert_capacity_factor == 1.5
 
 
