@@ -5,16 +5,15 @@
 #   docker run --rm --gpus all --ipc host --ulimit memlock=-1 --volume "$PWD/runs:/workspace/runs" megatron-hyperp \
 #     torchrun --nproc-per-node gpu examples/pretrain_gpt.py --config examples/configs/dense_d8.yaml ...
 #
-# The image comes with NVIDIA's apex, built. The "apex" on PyPI is something else. This is the image that Megatron-LM's
-# own docker/.ngc_version.dev names (Python 3.12).
-ARG BASE=nvcr.io/nvidia/pytorch:26.08-py3
+# The image comes with NVIDIA's apex, built. The "apex" on PyPI is something else. Image and TransformerEngine are those
+# that Megatron-LM's branch of release 0.19 builds and tests with (docs/versions.md).
+ARG BASE=nvcr.io/nvidia/pytorch:26.06-py3
 FROM ${BASE}
 
 SHELL ["/bin/bash", "-euo", "pipefail", "-c"]
 
-# Built against the image's own PyTorch, whose constraint on this one package is lifted for it. Megatron-Core 0.19.2
-# sets no upper bound (its extra "te": transformer-engine[core_cu13,pytorch]); this is the newest on PyPI.
-ARG TRANSFORMER_ENGINE=2.20.2
+# Built against the image's own PyTorch, whose constraint on this one package is lifted for it.
+ARG TRANSFORMER_ENGINE=2.17.1
 ENV NVTE_FRAMEWORK=pytorch
 RUN sed -i -E '/^transformer[-_]engine/Id' /etc/pip/constraint.txt \
  && pip install --no-cache-dir --no-build-isolation "transformer-engine[core_cu13,pytorch]==${TRANSFORMER_ENGINE}"

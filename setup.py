@@ -57,10 +57,11 @@ setup(
         "data": ["pyarrow>=14.0.1", "zstandard"],
         "convert": ["transformers>=5.3", "safetensors"],
         # Wheels of TransformerEngine need CUDA. NVIDIA's apex is not on PyPI (the "apex" there is something else).
-        # Megatron-Core 0.16, which Python 3.11 gets, asks for one before 2.12; 0.17 and later set no upper bound.
+        # Megatron-Core 0.16, which Python 3.11 gets, asks for one before 2.12. 0.17 and later set no bound: those that
+        # their releases were built and tested with (docs/versions.md).
         "gpu": [
             "transformer-engine[pytorch]>=2.9,<2.12; python_version < '3.12'",
-            "transformer-engine[core_cu13,pytorch]>=2.12,<2.21; python_version >= '3.12'",
+            "transformer-engine[core_cu13,pytorch]>=2.14,<2.18; python_version >= '3.12'",
         ],
         # Symmetric products on Hopper and later. With a PyTorch built for CUDA 13: quack-kernels[cu13].
         "kernels": ["quack-kernels>=0.6,<0.7"],

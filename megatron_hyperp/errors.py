@@ -78,6 +78,7 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
     may replace is one that nobody can trust.
     ``--debug`` anywhere in ``argv`` (it is taken out) shows the traceback of a usage error as well.
     Other exceptions are bugs or failures of the machine and keep their traceback.
+    The version of Megatron-Core is checked before ``main``, so a program must not import Megatron-Core before.
 
     After an exception, a rank of several and a process with child processes exit at once: the destructor of a process
     group may wait for other ranks, and :mod:`multiprocessing` waits at exit for children that nothing ends.

@@ -30,11 +30,12 @@ ROLES: dict[str, tuple[str, ...]] = {
     "vector": ("*norm.weight", "*.layer_norm_weight", "*.bias"),
 }
 
-
+# Groups whose norms and angles are logged, over all layers.
+GROUPS = ("embedding", "output", "attention", "mlp", "experts", "router", "vectors")
+# Groups of matrices inside layers.
+MATRIX_GROUPS = ("attention", "mlp", "experts", "router")
 # Roles whose updates are steps of whole matrices; an embedding is a table of vectors.
 MATRIX_ROLES = ("hidden", "router", "output")
-# What matrices are part of; the other parameters are of the family of their role.
-FAMILIES = ("attention", "mlp", "experts", "router")
 
 # Of a grouped layer of experts: experts.linear_fc1.weight3
 _GROUPED = re.compile(r"(\.experts)\.(linear_fc[12])\.weight(\d+)$")
@@ -109,18 +110,6 @@ def role_of_any(name: str, parameter: torch.Tensor) -> str:
     return "router" if name.endswith("router.weight") else "hidden"
 
 
-def family_of(name: str, role: str) -> str:
-    """Return what a parameter is part of: one of :data:`FAMILIES` for matrices of layers, else its role.
-
-    Shared experts are of the family "mlp".
-    """
-    if role != "hidden":
-        return role
-    if "attention." in name:
-        return "attention"
-    return "experts" if ".experts." in name else "mlp"
-
-
 def role_by_name(name: str, more: str = "") -> str:
     """Return the one role of a name.
 
@@ -136,6 +125,22 @@ def role_by_name(name: str, more: str = "") -> str:
         what = "no role" if not found else f"{len(found)} roles ({', '.join(found)})"
         raise ValueError(f"{what} for the parameter {name}{more}; see ROLES in parameters.py")
     return found[0]
+
+
+def group_of(name: str, role: str) -> str:
+    """Return the group, one of :data:`GROUPS`, of a parameter; shared experts are the MLP's."""
+    if role == "vector":
+        return "vectors"
+    if role != "hidden":
+        return role
+    if "attention." in name:
+        return "attention"
+    return "experts" if ".experts." in name else "mlp"
+
+
+def is_rounded(name: str, parameter: torch.Tensor) -> bool:
+    """Whether a layer that runs in FP8 rounds the parameter: matrices of linear layers, not gains fused with them."""
+    return "linear_" in name and parameter.ndim == 2
 
 
 def partition_dim(parameter: torch.Tensor) -> int:

@@ -12,7 +12,6 @@ import json
 from megatron_hyperp.convert.hyperp import HyperPSource
 from megatron_hyperp.data import settings
 from megatron_hyperp.data.arguments import positive_int
-from megatron_hyperp.data.datasets import PARTS, documents_of
 from megatron_hyperp.data.indexed import check_prefix, check_vocabulary
 from megatron_hyperp.errors import UsageError, run_command
 from megatron_hyperp.files import local_path
@@ -22,6 +21,9 @@ from megatron_hyperp.training.inference import model_on_one_rank
 
 def main(argv: list[str]) -> None:
     """Evaluate and print one line."""
+    # It imports Megatron-Core, of which run_command has checked the version now.
+    from megatron_hyperp.data.datasets import PARTS, documents_of
+
     parser = argparse.ArgumentParser(description=__doc__, epilog="--debug shows the traceback of an error.")
     parser.add_argument("checkpoint", type=local_path, help="folder of an iteration, or of several: then the newest")
     parser.add_argument(

@@ -16,7 +16,7 @@ from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.sphere import sphere_radius
 from megatron_hyperp.optimizer_options import rule_classes
 from megatron_hyperp.parameters import role_by_name
-from megatron_hyperp.training.checkpointing import complete_checkpoints
+from megatron_hyperp.training.checkpoint_folders import complete_checkpoints
 
 
 def newest_checkpoints(root: str | Path, count: int) -> list[HyperPSource]:

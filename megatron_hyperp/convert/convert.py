@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_hyperp.convert import hf_config, megatron_lm
+from megatron_hyperp.convert import hf_config, megatron_arguments, megatron_lm
 from megatron_hyperp.convert.averaging import AverageSource, newest_checkpoints
 from megatron_hyperp.convert.hyperp import (
     HyperPSource,
@@ -212,7 +212,7 @@ def describe(job: Job, source: Source, *, whole: bool, size: int) -> list[str]:
             " --radius from-weights keeps their own"
         )
     if job.target == "megatron-lm":
-        lines.append(f"for Megatron-LM's flags --load {job.output} {megatron_lm.FLAGS}")
+        lines.append(f"for Megatron-LM's flags --load {job.output} {megatron_arguments.flags(source.config)}")
     if job.average is not None:
         lines.append(f"mean of the newest {job.average} checkpoints, matrices put back on their spheres")
     return lines

@@ -22,7 +22,8 @@ from megatron_hyperp.convert.source import (
 from megatron_hyperp.convert.storage import OPTIMIZER_STATE, CheckpointReader
 from megatron_hyperp.convert.writing import Item, Layout, write_checkpoint
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.training.checkpointing import RADII, TRACKER, WEIGHTS_ONLY, checkpoint_folder, find_checkpoint
+from megatron_hyperp.training.checkpoint_folders import TRACKER, checkpoint_folder, find_checkpoint
+from megatron_hyperp.training.checkpointing import RADII, WEIGHTS_ONLY
 from megatron_hyperp.training.logging import CONFIG_FILE
 
 

@@ -11,8 +11,9 @@ import torch
 
 from megatron_hyperp.config import Config
 from megatron_hyperp.convert.hyperp import HyperPSource, stored_items
+from megatron_hyperp.convert.slabs import Slab
 from megatron_hyperp.convert.source import slab_of
-from megatron_hyperp.convert.storage import OPTIMIZER_STATE, Slab
+from megatron_hyperp.convert.storage import OPTIMIZER_STATE
 from megatron_hyperp.optim.routing import Route
 from megatron_hyperp.optimizer_options import routes_of
 

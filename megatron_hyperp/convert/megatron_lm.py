@@ -9,55 +9,31 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from megatron_hyperp import arguments
-from megatron_hyperp.arguments import shown
 from megatron_hyperp.config import Config
 from megatron_hyperp.convert.folding import fold_, unfold_
 from megatron_hyperp.convert.mapping import NameMap, Part, Rules, multipliers
+from megatron_hyperp.convert.megatron_arguments import from_arguments, to_arguments
+from megatron_hyperp.convert.slabs import Slab
 from megatron_hyperp.convert.source import Extras, Source, check_config, check_dtype, check_shape, slab_of
 from megatron_hyperp.convert.state import CONFIG, UNDO, check_undo, read_state, write_state
-from megatron_hyperp.convert.storage import CheckpointReader, Slab
+from megatron_hyperp.convert.storage import CheckpointReader
 from megatron_hyperp.convert.tensor_files import Spec, TensorReader, TensorWriter
 from megatron_hyperp.convert.vocabulary import VOCABULARY_WEIGHTS, padded_for_ranks, resized
 from megatron_hyperp.convert.writing import Item, Layout, write_checkpoint
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.pickles import megatron_classes
-from megatron_hyperp.resolve import fill_dense
-from megatron_hyperp.training.checkpointing import TRACKER, checkpoint_folder, iteration_in, read_tracker
+from megatron_hyperp.training.checkpoint_folders import TRACKER, checkpoint_folder, iteration_in, read_tracker
 
 # Megatron-LM's name for a checkpoint of weights alone: it begins at iteration 0, and asks for no random states.
 RELEASE = "release"
-# Extra states, which layers of TransformerEngine ask for, are not in it.
-FLAGS = "--use-checkpoint-args --qk-layernorm --no-load-optim --no-load-rng --dist-ckpt-strictness log_all"
-# Arguments, with the only value that our model can express.
-_ONLY: dict[str, Any] = {
-    "position_embedding_type": "rope",
-    "normalization": "RMSNorm",
-    "swiglu": True,
-    "add_bias_linear": False,
-    "add_qkv_bias": False,
-    "rotary_percent": 1.0,
-    "rotary_interleaved": False,
-    "rotary_seq_len_interpolation_factor": None,
-    "use_rope_scaling": False,
-    "apply_layernorm_1p": False,
-    "apply_query_key_layer_scaling": False,
-    "multi_latent_attention": False,
-    "window_size": None,
-    "mtp_num_layers": None,
-    "moe_layer_freq": 1,
-    "moe_router_score_function": "softmax",
-    "moe_router_pre_softmax": False,
-    "moe_router_enable_expert_bias": False,
-    "moe_router_num_groups": None,
-    "moe_shared_expert_gate": False,
-}
+# How names of the model's own weights begin; the optimizer's have a prefix.
+_OF_THE_MODEL = ("embedding.", "decoder.", "output_layer.", "mtp.")
 _ATTENTION, _MLP = "decoder.layers.{}.self_attention", "decoder.layers.{}.mlp"
 
 
@@ -146,6 +122,7 @@ class MegatronSource(Source):
             tokenizer=self.config.data.tokenizer_model,
             foreign=not state,
         )
+        self._check_all_known()
         self._undo = TensorReader(folder, UNDO) if (folder / f"{UNDO}.safetensors").is_file() else None
         self._folding = _Folding(self.config)
         for name, shape in self.parameters.items():
@@ -157,6 +134,13 @@ class MegatronSource(Source):
             check_dtype(str(folder), name, self.dtype(name))
             for piece, part, _ in self._folding.parts(name, shape.shape):
                 check_undo(self._undo, piece, part)
+
+    def _check_all_known(self) -> None:
+        """Refuse weights that a model here does not have: without them it would compute something else."""
+        known = {slab.key for name in self.parameters for slab in megatron_slabs(name, self.config)}
+        for key in sorted(self.reader.tensors):
+            if key.startswith(_OF_THE_MODEL) and not key.endswith("_extra_state") and key not in known:
+                raise UsageError(f"{self.folder} has {key}, which no model here has: it cannot be imported")
 
     def _slab(self, name: str) -> Slab:
         slabs = megatron_slabs(name, self.config)
@@ -195,89 +179,6 @@ def _find(path: Path) -> Path:
     if folder is None or not folder.is_dir():
         raise UsageError(f"{tracker} names {word[:20]!r}, which is not there; name the folder of one iteration")
     return folder
-
-
-def from_arguments(given: Mapping[str, Any], where: str) -> Config:
-    """Return our config of Megatron-LM's arguments.
-
-    Raises:
-        UsageError: a setting that ours cannot express; it is named.
-    """
-    for name, only in _ONLY.items():
-        if given.get(name, only) not in (only, None):
-            raise UsageError(f"{where} has {name} {shown(given[name])}; a model here has {only}: it cannot be imported")
-    config = Config()
-    try:
-        _fill(config, given)
-    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
-        raise UsageError(f"{where} lacks an argument that a model needs ({error}); take another copy") from error
-    return config
-
-
-def _fill(config: Config, given: Mapping[str, Any]) -> None:
-    model, moe = config.model, config.moe
-
-    def number(name: str, otherwise: float) -> Any:
-        return otherwise if given.get(name) is None else given[name]
-
-    for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads"):
-        setattr(model, name, int(given[name]))
-    grouped = given.get("group_query_attention", False)
-    model.num_query_groups = int(given["num_query_groups"]) if grouped else model.num_attention_heads
-    model.vocab_size = int(given["padded_vocab_size"])
-    model.kv_channels = int(number("kv_channels", model.hidden_size // model.num_attention_heads))
-    model.seq_length = int(number("seq_length", model.seq_length))
-    model.max_position_embeddings = max(int(number("max_position_embeddings", 0)), model.seq_length)
-    model.norm_epsilon = float(number("norm_epsilon", 1e-5))
-    model.rotary_base = int(number("rotary_base", 10000))
-    model.qk_layernorm = bool(given.get("qk_layernorm"))
-    model.untie_embeddings_and_output_weights = bool(given.get("untie_embeddings_and_output_weights"))
-    model.softmax_scale = float(number("softmax_scale", model.kv_channels**-0.5))
-    model.residual_multiplier, model.logits_multiplier = 1.0, 1.0
-    if given.get("num_experts"):
-        moe.num_experts, moe.moe_gate = int(given["num_experts"]), "softmax"
-        moe.moe_router_topk = int(number("moe_router_topk", 2))
-        moe.moe_ffn_hidden_size = int(number("moe_ffn_hidden_size", model.ffn_hidden_size))
-        moe.moe_shared_expert_intermediate_size = int(number("moe_shared_expert_intermediate_size", 0))
-    else:
-        fill_dense(moe)
-
-
-def to_arguments(config: Config, layout: Layout, dtype: torch.dtype) -> argparse.Namespace:
-    """Return the arguments that Megatron-LM reads back with ``--use-checkpoint-args``, and those it compares."""
-    model, moe = config.model, config.moe
-    given = {name: value for name, value in _ONLY.items() if value is not None}
-    given |= {
-        **{name: getattr(model, name) for name in ("num_layers", "hidden_size", "ffn_hidden_size", "kv_channels")},
-        **{name: getattr(model, name) for name in ("num_attention_heads", "num_query_groups", "seq_length")},
-        **{name: getattr(model, name) for name in ("qk_layernorm", "norm_epsilon", "rotary_base")},
-        "untie_embeddings_and_output_weights": model.untie_embeddings_and_output_weights,
-        "group_query_attention": True,
-        "max_position_embeddings": model.positions,
-        "padded_vocab_size": model.vocab_size,
-        "make_vocab_size_divisible_by": model.make_vocab_size_divisible_by,
-        "tokenizer_type": None,
-        "add_position_embedding": False,
-        "use_rotary_position_embeddings": True,
-        "attention_dropout": 0.0,
-        "hidden_dropout": 0.0,
-        "num_experts": moe.num_experts or None,
-        "moe_router_topk": moe.moe_router_topk or 2,
-        "moe_ffn_hidden_size": moe.moe_ffn_hidden_size or None,
-        "moe_shared_expert_intermediate_size": moe.moe_shared_expert_intermediate_size or None,
-        "tensor_model_parallel_size": layout.tp,
-        "pipeline_model_parallel_size": layout.pp,
-        "expert_model_parallel_size": layout.ep,
-        "virtual_pipeline_model_parallel_size": None,
-        "data_parallel_random_init": False,
-        "ckpt_format": "torch_dist",
-        "no_save_optim": True,
-        "no_save_rng": True,
-        "bf16": dtype == torch.bfloat16,
-        "fp16": dtype == torch.float16,
-        "params_dtype": dtype,
-    }
-    return argparse.Namespace(**given)
 
 
 def check(config: Config) -> None:

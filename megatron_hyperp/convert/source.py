@@ -12,7 +12,7 @@ import torch
 
 from megatron_hyperp.arguments import DERIVED_SIZES
 from megatron_hyperp.config import Config
-from megatron_hyperp.convert.storage import Slab
+from megatron_hyperp.convert.slabs import Slab
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.planning.inventory import Shape, shapes
 from megatron_hyperp.resolve import check_ranges

@@ -1,15 +1,11 @@
-"""Read a torch_dist checkpoint tensor by tensor: one process, no process group, one slab in memory.
-
-In such a checkpoint the layers of a model are stacked: ``decoder.layers.mlp.linear_fc2.weight`` is [layers, d_out,
-d_in], an expert's weight [layers, experts, d_out, d_in]. A *slab* is what one layer, or one expert of it, has of that.
-"""
+"""Read a torch_dist checkpoint tensor by tensor: one process, no process group, one slab in memory."""
 
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +13,7 @@ from typing import Any
 import torch
 
 from megatron_hyperp.arguments import shown
+from megatron_hyperp.convert.slabs import Chunk, Slab, Stored, stacked_axes
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.files import holds, read_json
 from megatron_hyperp.megatron_compat.checkpoints import (
@@ -30,7 +27,6 @@ from megatron_hyperp.megatron_compat.checkpoints import (
 from megatron_hyperp.megatron_compat.versions import SUPPORTED
 from megatron_hyperp.pickles import check_archive, load_metadata, load_values, read_values
 
-LAYERS, EXPERTS = "decoder.layers.", ".experts.experts."
 OPTIMIZER_STATE = "optimizer.state."
 # Content of metadata.json that Megatron-Core's reader requires; from 0.19 on the first two entries alone.
 FORMAT = {
@@ -39,64 +35,6 @@ FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-
-
-def stacked_axes(key: str) -> int:
-    """How many leading axes of a tensor count layers and experts."""
-    if LAYERS not in key:
-        return 0
-    return 2 if EXPERTS in key else 1
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Slab:
-    """A tensor of the model, or what one layer or expert has of it.
-
-    Attributes:
-        key: the tensor's name in the checkpoint.
-        at: layer, and expert, if the tensor has such axes.
-    """
-
-    key: str
-    at: tuple[int, ...] = ()
-
-    def __str__(self) -> str:
-        place = "".join(f"[{index}]" for index in self.at)
-        return f"{self.key}{place}"
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """A stored block of a tensor.
-
-    Attributes:
-        offsets: of its first element.
-        sizes: its shape.
-        file: its file in the checkpoint's folder.
-        start: first byte there.
-        length: bytes.
-    """
-
-    offsets: tuple[int, ...]
-    sizes: tuple[int, ...]
-    file: str
-    start: int
-    length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A tensor of a checkpoint.
-
-    Attributes:
-        shape: with the axes of layers and experts.
-        dtype: of all its chunks.
-        chunks: that cover it.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    chunks: tuple[Chunk, ...]
 
 
 # Along a dimension of a tensor without elements.
@@ -237,8 +175,8 @@ class CheckpointReader:
         for key, stored in self.tensors.items():
             if key.startswith(prefix):
                 counts = stored.shape[: stacked_axes(key)]
-                found += [Slab(key, place) for place in _places(counts)]
-        yield from sorted(found, key=_order)
+                found += [Slab(key, place) for place in itertools.product(*map(range, counts))]
+        yield from sorted(found, key=lambda slab: slab.position)
 
     def weights(self) -> Iterator[Slab]:
         """Yield the slabs of the model's weights, without the optimizer's state."""
@@ -267,13 +205,13 @@ class CheckpointReader:
         low = (*slab.at, *(0 for _ in stored.shape[len(slab.at) :]))
         high = (*(index + 1 for index in slab.at), *stored.shape[len(slab.at) :])
         shape = stored.shape[len(slab.at) :]
-        touching = [chunk for chunk in stored.chunks if _overlap(chunk, low, high) is not None]
-        if len(touching) == 1 and touching[0].offsets == low and _end(touching[0]) == high:
+        touching = [chunk for chunk in stored.chunks if chunk.overlap(low, high) is not None]
+        if len(touching) == 1 and touching[0].offsets == low and touching[0].end == high:
             return self._load(touching[0], stored.dtype).view(shape)
         result = torch.empty(shape, dtype=stored.dtype)
         covered = 0
         for chunk in touching:
-            starts, ends = _overlap(chunk, low, high) or ((), ())
+            starts, ends = chunk.overlap(low, high) or ((), ())
             block = self._load(chunk, stored.dtype)
             taken = tuple(slice(a - o, b - o) for a, b, o in zip(starts, ends, chunk.offsets, strict=True))
             place = tuple(slice(a - o, b - o) for a, b, o in zip(starts, ends, low, strict=True))
@@ -362,34 +300,9 @@ def read_common(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _order(slab: Slab) -> tuple[Any, ...]:
-    end = not slab.at and "embedding." not in slab.key
-    return end, slab.at[:1], slab.key, slab.at
-
-
-def _places(counts: tuple[int, ...]) -> list[tuple[int, ...]]:
-    places: list[tuple[int, ...]] = [()]
-    for count in counts:
-        places = [(*place, index) for place in places for index in range(count)]
-    return places
-
-
 def _counts(numbers: Any) -> tuple[int, ...]:
     """Whole numbers from 0 on, as offsets and sizes are. Raises: ValueError."""
     counts = tuple(numbers)
     if any(type(number) is not int or number < 0 for number in counts):
         raise ValueError(f"{shown(counts)} are no sizes")
     return counts
-
-
-def _end(chunk: Chunk) -> tuple[int, ...]:
-    return tuple(offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True))
-
-
-def _overlap(
-    chunk: Chunk, low: tuple[int, ...], high: tuple[int, ...]
-) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-    """First and last+1 index of what a chunk and a range share; None if that is nothing."""
-    starts = tuple(map(max, chunk.offsets, low))
-    ends = tuple(map(min, _end(chunk), high))
-    return (starts, ends) if all(a < b for a, b in zip(starts, ends, strict=True)) else None

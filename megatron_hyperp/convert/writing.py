@@ -20,7 +20,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from megatron_hyperp.convert.storage import FORMAT, LAYERS, Slab
+from megatron_hyperp.convert.slabs import LAYERS, Slab
+from megatron_hyperp.convert.storage import FORMAT
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.megatron_compat.checkpoints import COMMON_FILE, FORMAT_FILE
 

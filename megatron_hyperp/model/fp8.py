@@ -21,7 +21,7 @@ from megatron_hyperp.config import Config
 from megatron_hyperp.megatron_compat.layers import ColumnParallelLinear, Product, RowParallelLinear
 from megatron_hyperp.numerics.fp8 import LARGEST, Format, WeightScale, round_trip, scale_of
 from megatron_hyperp.optim.sphere import muonh_radius
-from megatron_hyperp.parameters import global_shape, is_expert
+from megatron_hyperp.parameters import global_shape, is_expert, is_rounded
 
 Scaling = Literal["tensorwise", "rowwise", "blockwise", "mxfp8"]
 Role = Literal["input", "weight", "gradient"]
@@ -127,11 +127,6 @@ def fp8_layers(chunk: torch.nn.Module, config: Config) -> Iterator[Any]:
     for layer in chunk.modules():
         if hasattr(layer, "self_attention") and training.num_layers_at_start_in_bf16 < layer.layer_number <= last:
             yield layer
-
-
-def is_rounded(name: str, parameter: torch.Tensor) -> bool:
-    """Whether a layer that runs in FP8 rounds the parameter: matrices of linear layers, not gains fused with them."""
-    return "linear_" in name and parameter.ndim == 2
 
 
 def weight_scales(chunk: torch.nn.Module, config: Config) -> dict[torch.nn.Parameter, WeightScale]:

@@ -14,17 +14,9 @@ import torch.distributed as dist
 from megatron_hyperp import device
 from megatron_hyperp.optim.families import Family
 from megatron_hyperp.optim.magnitudes import squared_norms
-from megatron_hyperp.parameters import FAMILIES, family_of
+from megatron_hyperp.parameters import GROUPS, MATRIX_GROUPS, group_of
 
-GROUPS = ("embedding", "output", *FAMILIES, "vectors")
-# Groups of matrices inside layers.
-MATRIX_GROUPS = FAMILIES
 _LAYER = re.compile(r"\.layers\.(\d+)\.")
-
-
-def group_of(name: str, role: str) -> str:
-    """Return the group, one of :data:`GROUPS`, of a parameter."""
-    return "vectors" if role == "vector" else family_of(name, role)
 
 
 def turned(products: torch.Tensor, *, shrink: float, move: torch.Tensor | float) -> torch.Tensor:

@@ -103,7 +103,7 @@ class HyperPConfig:
         """Return Newton-Schulz for a family of matrices.
 
         Args:
-            family: one of :data:`~megatron_hyperp.parameters.FAMILIES`.
+            family: one of :data:`~megatron_hyperp.parameters.GROUPS`.
         """
         del family
         return NewtonSchulz(

@@ -17,8 +17,8 @@ from megatron_hyperp.parameters import (
     MATRIX_ROLES,
     REPLICATED,
     Block,
-    family_of,
     global_shape,
+    group_of,
     is_expert,
     partition_dim,
     role_of_any,
@@ -119,7 +119,7 @@ def route(
                 f"the rule {chosen.name} takes matrices, but {name} has the shape {tuple(parameter.shape)}; choose"
                 f" another for the override {pattern!r}, such as adamw"
             )
-        family = family_of(name, role)
+        family = group_of(name, role)
         rule = made.setdefault((chosen, family), chosen.of(options, family))
         split = options.matrix_split if rule.needs_matrix else "fused"
         ranks = expert_tensor_parallel_size if is_expert(parameter) else tensor_parallel_size

@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_hyperp.config import Config, micro_batches
-from megatron_hyperp.model.fp8 import is_rounded
 from megatron_hyperp.optim.ownership import Piece
 from megatron_hyperp.optim.tensor_parallel import Cost, Job, costs, machine, taken
-from megatron_hyperp.parameters import DISTINCT
+from megatron_hyperp.parameters import DISTINCT, is_rounded
 from megatron_hyperp.planning.memory import Holding
 
 GRADIENT_BYTES = 4

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_hyperp.optim.observing import GROUPS
+from megatron_hyperp.parameters import GROUPS
 from megatron_hyperp.reporting.drawing import MOST_LABELLED, canvas, colours, data_uri, end_labels, plain_numbers
 from megatron_hyperp.reporting.runs import Run
 

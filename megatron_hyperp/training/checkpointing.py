@@ -16,14 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_hyperp import arguments, checksums
+from megatron_hyperp import arguments
 from megatron_hyperp.config import Config
-from megatron_hyperp.convert.storage import check_format, has_common, read_common
+from megatron_hyperp.convert.storage import check_format, read_common
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.files import write_atomically
 from megatron_hyperp.megatron_compat import checkpoints
-from megatron_hyperp.megatron_compat.checkpoints import COMMON_FILE, FORMAT_FILE, METADATA_FILE
+from megatron_hyperp.megatron_compat.checkpoints import METADATA_FILE
 from megatron_hyperp.pickles import load_metadata
+from megatron_hyperp.training.checkpoint_folders import candidates
 from megatron_hyperp.training.logging import CONFIG_FILE
 
 # Of the state that all ranks share: a checkpoint without optimizer state, with which a training begins; and the radii
@@ -31,7 +32,6 @@ from megatron_hyperp.training.logging import CONFIG_FILE
 WEIGHTS_ONLY, RADII = "weights_only", "radii"
 # Also there: the Weights & Biases run, and the parent of a run that started from another one's checkpoint (lineage.py).
 RUN_ID, PARENT = "run_id", "parent"
-TRACKER = "latest_checkpointed_iteration.txt"
 
 
 @dataclasses.dataclass(slots=True)
@@ -47,51 +47,6 @@ class Progress:
     iteration: int = 0
     consumed_samples: int = 0
     consumed_tokens: int = 0
-
-
-def checkpoint_folder(root: str | Path, iteration: int) -> Path:
-    """Return the folder of one iteration."""
-    return Path(root) / f"iter_{iteration:07d}"
-
-
-def find_checkpoint(root: str | Path) -> Path | None:
-    """Return the newest complete checkpoint under ``root`` (or ``root`` itself if it is one), or None if there is none.
-
-    The newest is what the tracker file names; without that file, the last one.
-
-    Raises:
-        UsageError: the tracker file names a checkpoint that is not there.
-    """
-    folder = _newest(Path(root))
-    if folder is not None and not _is_complete(folder):
-        raise _names_nothing(folder.parent)
-    return folder
-
-
-def read_tracker(path: Path) -> str:
-    """Return the first word or two of a tracker file, whatever it holds."""
-    with path.open(errors="replace") as stream:
-        return stream.read(100).strip()
-
-
-def iteration_in(word: str) -> int | None:
-    """Return the iteration that a tracker file names, if it is one."""
-    return int(word) if re.fullmatch(r"[0-9]{1,12}", word) else None
-
-
-def candidates(root: str | Path) -> list[Path]:
-    """Return the newest checkpoint under ``root``, complete or not, and the complete ones before it, newest first.
-
-    If ``root`` is a checkpoint itself, it is the only one.
-
-    Raises:
-        UsageError: the tracker file names what is not even a folder there.
-    """
-    newest = _newest(Path(root))
-    if newest is None or newest == Path(root):
-        return [] if newest is None else [newest]
-    older = [path for path in complete_checkpoints(Path(root)) if iteration_of(path) < iteration_of(newest)]
-    return [newest, *reversed(older)]
 
 
 def own_checkpoints(config: Config) -> list[Path]:
@@ -126,33 +81,6 @@ def takes_weights_only(config: Config, common: dict[str, Any]) -> bool:
     """
     pretrained = config.checkpoint.pretrained_checkpoint is not None and not own_checkpoints(config)
     return pretrained or bool(common.get(WEIGHTS_ONLY, False))
-
-
-def fault(folder: Path) -> str | None:
-    """Say what is wrong with a checkpoint, as far as the sizes of its files and the content of small ones tell."""
-    return checksums.first_fault(folder) or _missing(folder)
-
-
-def _newest(root: Path) -> Path | None:
-    """Return ``root``, if it is a checkpoint, or the folder that its tracker names."""
-    if _is_complete(root):
-        return root
-    tracker = root / TRACKER
-    if not tracker.is_file():
-        # Lost, or the first save was killed before it wrote it: what is complete must not be trained over.
-        return next(reversed(complete_checkpoints(root)), None)
-    iteration = iteration_in(read_tracker(tracker))
-    if iteration is None or not checkpoint_folder(root, iteration).is_dir():
-        raise _names_nothing(root)
-    return checkpoint_folder(root, iteration)
-
-
-def _names_nothing(root: Path) -> UsageError:
-    found = ", ".join(path.name for path in complete_checkpoints(root)) or "none"
-    return UsageError(
-        f"{root / TRACKER} names iteration {read_tracker(root / TRACKER)[:20]!r}, which is not a checkpoint in {root};"
-        f" complete ones there: {found}; name one with --load {root}/iter_..."
-    )
 
 
 def common_state(folder: Path) -> dict[str, Any]:
@@ -384,29 +312,6 @@ def layout() -> list[int]:
         parallel_state.get_data_parallel_world_size(with_context_parallel=True),
         parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
     ]
-
-
-def _is_complete(folder: Path) -> bool:
-    return _missing(folder) is None
-
-
-def _missing(folder: Path) -> str | None:
-    """Return what is missing from a complete checkpoint, or None if nothing is."""
-    absent = [name for name in (CONFIG_FILE, FORMAT_FILE, METADATA_FILE) if not (folder / name).is_file()]
-    if absent:
-        return f"{', '.join(absent)} missing"
-    return None if has_common(folder) else f"{COMMON_FILE} is missing"
-
-
-def complete_checkpoints(root: Path) -> list[Path]:
-    """Return the complete checkpoints under ``root``, oldest iteration first."""
-    folders = [path for path in root.glob("iter_*") if re.fullmatch(r"iter_[0-9]+", path.name) and _is_complete(path)]
-    return sorted(folders, key=iteration_of)
-
-
-def iteration_of(folder: Path) -> int:
-    """Return the iteration of a checkpoint's folder."""
-    return int(folder.name.removeprefix("iter_"))
 
 
 def write_run_config(config: Config) -> None:

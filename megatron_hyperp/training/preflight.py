@@ -21,7 +21,15 @@ from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim.orthogonalize import check_backend
 from megatron_hyperp.planning.plan import with_vocabulary
 from megatron_hyperp.resolve import check_paths
-from megatron_hyperp.training import alarms, checkpointing, determinism, lineage, profiling, schedule
+from megatron_hyperp.training import (
+    alarms,
+    checkpoint_folders,
+    checkpointing,
+    determinism,
+    lineage,
+    profiling,
+    schedule,
+)
 from megatron_hyperp.training.compatibility import check_compatible
 from megatron_hyperp.training.logging import CONFIG_FILE
 from megatron_hyperp.training.schedule import SCHEDULE, Schedule
@@ -261,7 +269,7 @@ def _checkpoint_to_load(config: Config) -> Path | None:
         raise UsageError(f"--load {load} holds no checkpoint; give a folder that does, or leave it out")
     if save is not None:
         checkpointing.check_save_folder(save, folders[0] if folders else None)
-    return first_sound(folders, checkpointing.fault)
+    return first_sound(folders, checkpoint_folders.fault)
 
 
 def _check_checkpoint(config: Config, course: Schedule, folder: Path | None) -> None:

@@ -27,19 +27,21 @@ from megatron_hyperp.files import flush, write_atomically
 from megatron_hyperp.megatron_compat.async_saving import save_queue, start_reports
 from megatron_hyperp.megatron_compat.checkpoints import begin_save, missing_data
 from megatron_hyperp.processes import bound_children
+from megatron_hyperp.training.checkpoint_folders import (
+    TRACKER,
+    checkpoint_folder,
+    complete_checkpoints,
+    fault,
+    iteration_of,
+)
 from megatron_hyperp.training.checkpointing import (
     PARENT,
     RADII,
     RUN_ID,
-    TRACKER,
     Progress,
-    checkpoint_folder,
-    complete_checkpoints,
     config_text,
-    fault,
     first_failure,
     first_line,
-    iteration_of,
     keeps_fp8_history,
     layout,
     sharded_state,

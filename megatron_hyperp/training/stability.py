@@ -21,8 +21,8 @@ from megatron_hyperp import device
 from megatron_hyperp.config import Config
 from megatron_hyperp.moe.balance import Balance
 from megatron_hyperp.optim.distributed import HyperPOptimizer
-from megatron_hyperp.optim.observing import StepObserver, group_of
-from megatron_hyperp.parameters import named_parameters, role_of
+from megatron_hyperp.optim.observing import StepObserver
+from megatron_hyperp.parameters import group_of, named_parameters, role_of
 
 # Queries of a sequence, and positions of it, whose logits are looked at: evenly spaced, all of a shorter sequence.
 SAMPLED_QUERIES = 64

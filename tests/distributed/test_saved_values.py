@@ -12,7 +12,8 @@ import torch
 from megatron_hyperp.convert.storage import CheckpointReader
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training import checkpointing, saving
-from megatron_hyperp.training.checkpointing import TRACKER, common_state, find_checkpoint
+from megatron_hyperp.training.checkpoint_folders import TRACKER, find_checkpoint
+from megatron_hyperp.training.checkpointing import common_state
 from tests.run_distributed import run_distributed
 from tests.toy import EXPERTS, toy_config, write_corpus
 

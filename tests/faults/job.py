@@ -22,7 +22,7 @@ import psutil
 
 from megatron_hyperp import checksums
 from megatron_hyperp.errors import EXIT_STOPPED, EXIT_USAGE
-from megatron_hyperp.training.checkpointing import candidates, complete_checkpoints, iteration_of
+from megatron_hyperp.training.checkpoint_folders import candidates, complete_checkpoints, iteration_of
 from megatron_hyperp.training.logging import METRICS_FILE, read_events, read_metrics
 from tests.faults.planting import STRUCK
 from tests.functional.launch import assert_same_run, environment, run_entry

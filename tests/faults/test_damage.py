@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_hyperp.data.content import record as take_checksums
-from megatron_hyperp.training.checkpointing import TRACKER
+from megatron_hyperp.training.checkpoint_folders import TRACKER
 from megatron_hyperp.training.logging import EVENTS_FILE, METRICS_FILE
 from tests.faults.conftest import HALF, LAYOUTS, Undisturbed
 from tests.faults.job import Job, assert_told

@@ -14,7 +14,7 @@ import torch
 from megatron_hyperp import device
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.training import divergence
-from megatron_hyperp.training.checkpointing import complete_checkpoints
+from megatron_hyperp.training.checkpoint_folders import complete_checkpoints
 from megatron_hyperp.training.logging import read_events
 from megatron_hyperp.training.loop import Trainer
 from megatron_hyperp.training.preflight import check

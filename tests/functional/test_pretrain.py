@@ -23,7 +23,7 @@ from megatron_hyperp.config import ParallelConfig
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.planning.checkpoints import checkpoint_bytes
 from megatron_hyperp.training import compatibility
-from megatron_hyperp.training.checkpointing import TRACKER, find_checkpoint
+from megatron_hyperp.training.checkpoint_folders import TRACKER, find_checkpoint
 from megatron_hyperp.training.logging import read_events, read_metrics
 from megatron_hyperp.training.saving import drop_old
 from tests import tolerances

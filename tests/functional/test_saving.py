@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_hyperp import device
-from megatron_hyperp.training.checkpointing import TRACKER
+from megatron_hyperp.training.checkpoint_folders import TRACKER
 from tests.toy import one_rank, rows_of_training, toy_config, write_corpus
 
 

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from megatron_hyperp.errors import EXIT_INTERRUPTED, EXIT_LOST_RANK, EXIT_STOPPED
-from megatron_hyperp.training.checkpointing import TRACKER
+from megatron_hyperp.training.checkpoint_folders import TRACKER
 from megatron_hyperp.training.logging import read_events
 from megatron_hyperp.training.signals import SECONDS_OF_ONE_REQUEST
 from tests.functional.launch import assert_same_run, command, launched, run, train, wait_for_rows, workers, write_config

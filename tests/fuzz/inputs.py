@@ -30,6 +30,7 @@ from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.pickles import load_metadata, load_values
 from megatron_hyperp.training import checkpointing
+from megatron_hyperp.training.checkpoint_folders import TRACKER, candidates
 from tests.random_source import RandomSource, model_config, write_random
 
 # As small as a model can be.
@@ -103,7 +104,7 @@ def read_tokenizer(path: Path) -> None:
 
 def read_tracker(path: Path) -> None:
     """Look for the checkpoints that a tracker file names."""
-    checkpointing.candidates(path.parent)
+    candidates(path.parent)
     megatron_lm._find(path.parent)
 
 
@@ -150,7 +151,7 @@ def values() -> bytes:
 
 def read_checkpoint(folder: Path) -> None:
     """As a training that resumes does before it starts, then as a converter does."""
-    checkpointing.candidates(folder)
+    candidates(folder)
     checksums.first_fault(folder)
     reader = CheckpointReader(folder)
     _ = reader.common
@@ -221,7 +222,7 @@ FILES: dict[str, tuple[Callable[[], bytes], Callable[[Path, bytes], Any], tuple[
     "values": (values, read_file("x.pt", load_values), (UsageError,)),
     "safetensors": (safetensors, read_file("model.safetensors", read_safetensors), (UsageError,)),
     "tokenizer": (lambda: json.dumps(TOKENIZER).encode(), read_file("tokenizer.json", read_tokenizer), (UsageError,)),
-    "tracker": (lambda: b"12\n", read_file(checkpointing.TRACKER, read_tracker), (UsageError,)),
+    "tracker": (lambda: b"12\n", read_file(TRACKER, read_tracker), (UsageError,)),
     "checksums": (
         lambda: json.dumps({"x": {"size": 3, "xxh3_128": "ab"}}).encode(),
         read_file(checksums.FILE, read_checksums),

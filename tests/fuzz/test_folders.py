@@ -17,7 +17,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from megatron_hyperp.convert import hf_config, megatron_lm
+from megatron_hyperp.convert import hf_config, megatron_arguments
 from megatron_hyperp.convert.convert import Job, convert
 from megatron_hyperp.convert.writing import Layout
 from megatron_hyperp.errors import UsageError
@@ -189,7 +189,7 @@ def test_names_of_shards(folders: dict[str, Path], name: object) -> None:
         read("hf", folders["hf"])
 
 
-ARGUMENTS = vars(megatron_lm.to_arguments(inputs.model_config(**inputs.TINY), Layout(), torch.float32))
+ARGUMENTS = vars(megatron_arguments.to_arguments(inputs.model_config(**inputs.TINY), Layout(), torch.float32))
 PLAIN = {name: value for name, value in ARGUMENTS.items() if not isinstance(value, torch.dtype)}
 
 
@@ -199,7 +199,7 @@ PLAIN = {name: value for name, value in ARGUMENTS.items() if not isinstance(valu
 @example({**PLAIN, "num_attention_heads": 0, "kv_channels": None})
 @example({**PLAIN, "num_layers": 2**60})
 def test_arguments_of_megatron(folders: dict[str, Path], content: dict[str, Any]) -> None:
-    run("megatron-lm, arguments", megatron_lm.from_arguments, content, "it", refusals=(UsageError,))
+    run("megatron-lm, arguments", megatron_arguments.from_arguments, content, "it", refusals=(UsageError,))
 
 
 @fuzzed(10, slowness=20)

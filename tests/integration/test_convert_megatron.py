@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from megatron_hyperp import device
 from megatron_hyperp.convert import megatron_lm, state
-from megatron_hyperp.convert.megatron_lm import MegatronSource, from_arguments
+from megatron_hyperp.convert.megatron_arguments import flags, from_arguments, to_arguments
+from megatron_hyperp.convert.megatron_lm import MegatronSource
 from megatron_hyperp.convert.verify import compare
 from megatron_hyperp.convert.writing import Layout
 from megatron_hyperp.errors import UsageError
@@ -153,8 +154,12 @@ def test_what_a_gpt_of_megatron_lm_lacks_is_refused() -> None:
 
 
 def test_arguments_that_cannot_be_expressed_are_named() -> None:
-    given = vars(megatron_lm.to_arguments(model_config(), Layout(), torch.float32))
+    given = vars(to_arguments(model_config(), Layout(), torch.float32))
     assert from_arguments(given, "it").model.num_query_groups == 2
+    # --norm-epsilon is layernorm_epsilon there, and was norm_epsilon before Megatron-Core 0.16.
+    assert from_arguments(given | {"layernorm_epsilon": 1e-6}, "it").model.norm_epsilon == 1e-6
+    given.pop("layernorm_epsilon")
+    assert from_arguments(given | {"norm_epsilon": 1e-6}, "it").model.norm_epsilon == 1e-6
     # What is 0 there is not replaced by a default; the converter then refuses it.
     assert from_arguments(given | {"norm_epsilon": 0.0}, "it").model.norm_epsilon == 0
     assert from_arguments(given | {"norm_epsilon": None}, "it").model.norm_epsilon == 1e-5
@@ -165,10 +170,36 @@ def test_arguments_that_cannot_be_expressed_are_named() -> None:
         ({"add_qkv_bias": True}, "has add_qkv_bias True"),
         ({"rotary_percent": 0.5}, "has rotary_percent 0.5"),
         ({"moe_router_score_function": "sigmoid"}, "has moe_router_score_function 'sigmoid'"),
+        ({"layernorm_zero_centered_gamma": True}, "has layernorm_zero_centered_gamma True"),
+        ({"rope_type": "yarn"}, "has rope_type 'yarn'"),
+        ({"use_mup": True}, "has use_mup True"),
+        ({"moe_router_topk_scaling_factor": 2.5}, "has moe_router_topk_scaling_factor 2.5"),
         ({"num_layers": None}, "lacks an argument that a model needs"),
     ):
         with pytest.raises(UsageError, match=words):
             from_arguments(given | change, "it")
+
+
+def test_flags_name_what_megatron_lm_does_not_take_from_a_checkpoint() -> None:
+    assert "--qk-layernorm" in flags(model_config())
+    plain = flags(model_config(qk_layernorm=False))
+    assert not [word for word in ("--qk-layernorm", "--norm-epsilon", "--moe") if word in plain]
+    experts = {**EXPERTS, "moe_gate": "softmax", "norm_epsilon": 1e-6, "moe_expert_capacity_factor": 1.5}
+    assert flags(model_config(**experts)).endswith(
+        " --qk-layernorm --norm-epsilon 1e-06 --moe-router-dtype fp32 --moe-expert-capacity-factor 1.5"
+    )
+    given = vars(to_arguments(model_config(**experts), Layout(), torch.float32))
+    assert from_arguments(given, "it").moe.moe_expert_capacity_factor == 1.5
+
+
+def test_weights_that_no_model_here_has_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = export(tmp_path / "out", RandomSource(model_config()))
+    reader = MegatronSource(folder).reader
+    gate = "decoder.layers.self_attention.linear_gate.weight"
+    reader.tensors[gate] = reader.tensors["decoder.layers.self_attention.linear_proj.weight"]
+    monkeypatch.setattr(megatron_lm, "CheckpointReader", lambda *_, **__: reader)
+    with pytest.raises(UsageError, match=f"has {gate}, which no model here has: it cannot be imported"):
+        MegatronSource(folder)
 
 
 class Foreign(enum.Enum):

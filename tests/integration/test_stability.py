@@ -14,7 +14,8 @@ import torch
 
 from megatron_hyperp import device
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.optim.observing import GROUPS, group_of, turned
+from megatron_hyperp.optim.observing import turned
+from megatron_hyperp.parameters import GROUPS, group_of
 from megatron_hyperp.training.alarms import METRICS, Alarms, parse_alarm
 from megatron_hyperp.training.logging import InBackground, JsonLines
 from megatron_hyperp.training.phases import Phases

@@ -15,7 +15,8 @@ from megatron_hyperp.convert.storage import CheckpointReader, check_format
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.megatron_compat import checkpoints
 from megatron_hyperp.megatron_compat.checkpoints import COMMON_OBJECT
-from megatron_hyperp.training.checkpointing import common_state, complete_checkpoints, fault
+from megatron_hyperp.training.checkpoint_folders import complete_checkpoints, fault
+from megatron_hyperp.training.checkpointing import common_state
 from tests.unit.test_convert_storage import Hostile
 
 COMMON = {"progress": {"iteration": 7}, "radii": {"w": 1.5}}

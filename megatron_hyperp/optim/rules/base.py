@@ -129,7 +129,7 @@ class UpdateRule(ABC):
 
         Args:
             options: of the optimizer.
-            family: of the parameter, one of :data:`~megatron_hyperp.parameters.FAMILIES`.
+            family: of the parameter, one of :data:`~megatron_hyperp.parameters.GROUPS`.
         """
         del options, family
         return cls()
