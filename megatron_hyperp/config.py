@@ -254,7 +254,9 @@ class TransferConfig:
     )
     eta0: float | None = knob(None, "learning rate tuned on the base model [of the optimizer's recipe]", POSITIVE)
     base_depth: int = knob(transfer.BASE_DEPTH, "depth d0 of the base model", POSITIVE)
-    base_hidden_size: int | None = knob(None, "width w0 of the base model [aspect ratio x base depth]", POSITIVE)
+    base_hidden_size: int | None = knob(
+        None, "width w0 of the base model, where a law has a power of the width [aspect ratio x base depth]", POSITIVE
+    )
     base_tokens: float = knob(float(transfer.BASE_TOKENS), "training tokens T0 of the base model", POSITIVE)
     base_batch_tokens: int = knob(transfer.BASE_BATCH_TOKENS, "tokens per batch B0 of the base model", POSITIVE)
     token_exponent: float = knob(transfer.TOKEN_EXPONENT, "exponent of (T/T0)^-x in the learning rate")
@@ -530,6 +532,6 @@ def flag_name(field_name: str) -> str:
 
 
 def width_multiplier(config: Config) -> float:
-    """MuP's w0/w for matrix learning rates and logits (Tensor Programs V), or 1 for recipes without it."""
+    """MuP's w0/w (Tensor Programs V), or 1 for recipes without it: of logits; matrices have it in their law."""
     base = config.transfer.base_hidden_size
     return base / config.model.hidden_size if config.recipe.width_mup and base else 1.0

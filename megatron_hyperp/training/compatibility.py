@@ -159,8 +159,8 @@ def _role_lines(saved: Config, config: Config) -> list[str]:
     """Say whose learning rate was and is another multiple of the peak."""
     then = {rate.role: rate.multiplier for rate in saved.learning_rate().roles}
     return [
-        f"the learning rate of the {TITLES[rate.role]} was {then[rate.role]:.4g} times the peak in the checkpoint and is"
-        f" now {rate.multiplier:.4g} times"
+        f"the learning rate of the {TITLES[rate.role]} was {then[rate.role]:.4g} times the peak in the checkpoint and"
+        f" is now {rate.multiplier:.4g} times"
         for rate in config.learning_rate().roles
         if rate.role in then and then[rate.role] != rate.multiplier
     ]
