@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar
 
 from megatron_hyperp import transfer
-from megatron_hyperp.transfer import LearningRate, Recipe
+from megatron_hyperp.role_laws import Sizes
+from megatron_hyperp.transfer import LearningRate, Preset, Recipe
 
 # A field that is None until ``Config.resolve`` derives it. Type checkers see the type of resolved configs.
 if TYPE_CHECKING:
@@ -228,10 +229,20 @@ class OptimizerConfig:
     adam_eps: float = knob(1e-8, "epsilon of Adam", POSITIVE)
     embedding_lr_mult: float = knob(1.0, "factor on the learning rate of the token embedding")
     adam_lr_mult: float = knob(1.0, "factor on the learning rate of norm gains, biases and the output layer")
+    output_lr_mult: float | None = knob(None, "factor on the learning rate of the output layer [--adam-lr-mult]")
+    router_lr_mult: float = knob(1.0, "factor on the learning rate of the routers of experts")
     qk_norm_lr_mult: float = knob(
         1.0,
         "further factor on that of the gains on queries and keys; 0 leaves them as they are: 1 in a new model, whose"
         " attention logits then are sqrt(128) at most, with the usual --softmax-scale",
+    )
+    lr_exponents: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "ROLE:AXIS=EXPONENT[,AXIS=EXPONENT] ..., such as embedding:width=-0.5,depth=0: powers of width,"
+            " depth, tokens or batch over the base model's, in the learning rate of hidden, router, output, embedding"
+            " or vector, beyond the law that all share [0; under muP (adamw) hidden:width=-1 router:width=-1]"
+        },
     )
 
     @property
@@ -253,9 +264,16 @@ class OptimizerConfig:
 class TransferConfig:
     """The base model from which the learning rate transfers."""
 
+    lr_preset: Literal["paper", "marin-2608"] = knob(
+        "paper",
+        "law of the learning rate: of the optimizer's recipe, or Marin's of August 2026 for MuonH, 34.35 T^-0.346"
+        " w^-0.345 sqrt(B / 8192), 3/13 of it for router, embedding and gains (docs/scaling.md)",
+    )
     eta0: float | None = knob(None, "learning rate tuned on the base model [of the optimizer's recipe]", POSITIVE)
     base_depth: int = knob(transfer.BASE_DEPTH, "depth d0 of the base model", POSITIVE)
-    base_hidden_size: int | None = knob(None, "width w0 of the base model [aspect ratio x base depth]", POSITIVE)
+    base_hidden_size: int | None = knob(
+        None, "width w0 of the base model, where a law has a power of the width [aspect ratio x base depth]", POSITIVE
+    )
     base_tokens: float = knob(float(transfer.BASE_TOKENS), "training tokens T0 of the base model", POSITIVE)
     base_batch_tokens: int = knob(transfer.BASE_BATCH_TOKENS, "tokens per batch B0 of the base model", POSITIVE)
     token_exponent: float = knob(transfer.TOKEN_EXPONENT, "exponent of (T/T0)^-x in the learning rate")
@@ -435,16 +453,58 @@ class Config:
 
     @property
     def eta0(self) -> float:
-        """The base learning rate: as given, else the recipe's, which differs for mixtures of experts."""
+        """The base learning rate: as given, else the preset's, else the recipe's, another one for experts."""
         if self.transfer.eta0 is not None:
             return self.transfer.eta0
+        if self.preset is not None:
+            return self.preset.law.multiplier(self.base_sizes, self.preset.unit)
         return self.recipe.moe_eta0 if self.moe.num_experts else self.recipe.eta0
 
+    @property
+    def preset(self) -> Preset | None:
+        """The law that takes the place of the recipe's; None for the recipe's own."""
+        return transfer.PRESETS[self.transfer.lr_preset]
+
+    @property
+    def has_batch_law(self) -> bool:
+        """Whether the learning rate that all roles share goes with sqrt(B)."""
+        return self.recipe.batch_law if self.preset is None else self.preset.law.batch == 0.5
+
+    @property
+    def sizes(self) -> Sizes:
+        """What learning rates scale with."""
+        return Sizes(
+            width=self.model.hidden_size,
+            depth=self.model.num_layers,
+            tokens=self.training.train_tokens,
+            batch=self.batch_tokens,
+        )
+
+    @property
+    def base_sizes(self) -> Sizes:
+        """The same of the base model; without a width of its own it has the model's."""
+        base = self.transfer
+        return Sizes(
+            width=base.base_hidden_size or self.model.hidden_size,
+            depth=base.base_depth,
+            tokens=base.base_tokens,
+            batch=base.base_batch_tokens,
+        )
+
     def learning_rate(self) -> LearningRate:
-        """The transferred peak learning rate with its factors, or the explicit ``--lr`` with none."""
+        """The transferred peak learning rate with its factors, or the explicit ``--lr`` with none; and each role's."""
+        from megatron_hyperp.learning_rates import role_rates
+
+        return dataclasses.replace(self._shared_learning_rate(), roles=role_rates(self))
+
+    def _shared_learning_rate(self) -> LearningRate:
         if self.optimizer.lr is not None:
             return LearningRate(self.optimizer.lr, ())
         base = self.transfer
+        if self.preset is not None:
+            return transfer.preset_learning_rate(
+                base.lr_preset, self.sizes, base=self.base_sizes, eta0=self.transfer.eta0
+            )
         return transfer.learning_rate(
             self.recipe,
             eta0=self.eta0,
@@ -489,6 +549,6 @@ def flag_name(field_name: str) -> str:
 
 
 def width_multiplier(config: Config) -> float:
-    """MuP's w0/w for matrix learning rates and logits (Tensor Programs V), or 1 for recipes without it."""
+    """MuP's w0/w (Tensor Programs V), or 1 for recipes without it: of logits; matrices have it in their law."""
     base = config.transfer.base_hidden_size
     return base / config.model.hidden_size if config.recipe.width_mup and base else 1.0

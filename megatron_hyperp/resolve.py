@@ -10,7 +10,7 @@ import dataclasses
 import math
 from typing import Any
 
-from megatron_hyperp import estimate, precision, transfer
+from megatron_hyperp import estimate, learning_rates, precision, transfer
 from megatron_hyperp.config import (
     RANGES,
     Config,
@@ -42,7 +42,7 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -
         _resolve_schedule(config)
         _check_newton_schulz(config)
         _check_radius(config)
-        _check_gains(config)
+        learning_rates.check(config)
         precision.check(config)
         # What was derived is what was given too.
         check_ranges(config)
@@ -478,11 +478,6 @@ def _check_newton_schulz(config: Config) -> None:
             raise UsageError(f"{flag} gram loses accuracy with --ns-dtype bf16; give fp16 or fp32, or leave it out")
     if options.ns_form == "standard" and options.ns_strategy == "gram":
         raise UsageError("--ns-strategy gram iterates in Gram form, which --ns-form standard rules out; leave one out")
-
-
-def _check_gains(config: Config) -> None:
-    if config.optimizer.qk_norm_lr_mult != 1.0 and not config.model.qk_layernorm:
-        raise UsageError("--qk-norm-lr-mult is of gains that --no-qk-layernorm leaves out; leave one of them out")
 
 
 def _check_radius(config: Config) -> None:

@@ -7,7 +7,10 @@ microsoft/ArchScale. Notation: depth d, tokens T, batch B (in tokens); the index
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from megatron_hyperp.role_laws import Factor, RoleLaw, RoleRate, Sizes
 
 BASE_DEPTH = 8
 BASE_TOKENS = 10_400_000_000
@@ -92,6 +95,36 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """A published law that takes the place of the recipe's.
+
+    Attributes:
+        law: of the learning rate of hidden matrices; its factor is the learning rate at the unit.
+        unit: sizes over which its powers are taken.
+        factors: of other roles' learning rates, over that of hidden matrices; 1 where there is none.
+    """
+
+    law: RoleLaw
+    unit: Sizes
+    factors: Mapping[str, float] = field(default_factory=dict)
+
+
+# Whose matrices are orthogonalized and on spheres, as those of published presets are.
+PRESET_OPTIMIZERS = ("hyperp", "muonh")
+# marin-2608: github.com/marin-community/marin, issue 7856 (5 August 2026): 34.35 tokens^-0.346 hidden^-0.345 batch^0.5,
+# the batch in sequences of 8192 tokens. Its Adam parameters take 3/13 of that (MoeHeuristic.muonh_ratio in
+# experiments/grug/moe_hero_ep/heuristic.py; which they are: optimizer.py there). Caveats: docs/scaling.md.
+PRESETS: dict[str, Preset | None] = {
+    "paper": None,
+    "marin-2608": Preset(
+        law=RoleLaw(factor=34.35, width=-0.345, tokens=-0.346, batch=0.5),
+        unit=Sizes(width=1, depth=1, tokens=1, batch=8192),
+        factors={"router": 3 / 13, "embedding": 3 / 13, "vector": 3 / 13},
+    ),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class LearningRate:
     """A transferred learning rate with the factors that made it.
@@ -99,10 +132,14 @@ class LearningRate:
     Attributes:
         eta0: the base learning rate.
         factors: name of the law, its formula with numbers, its value.
+        roles: what each role takes of it.
+        origin: what eta0 is.
     """
 
     eta0: float
-    factors: tuple[tuple[str, str, float], ...]
+    factors: tuple[Factor, ...]
+    roles: tuple[RoleRate, ...] = ()
+    origin: str = "eta0"
 
     @property
     def multiplier(self) -> float:
@@ -115,9 +152,10 @@ class LearningRate:
         return self.eta0 * self.multiplier
 
     def describe(self) -> str:
-        """Return the decision, one factor a line."""
-        lines = [f"learning rate {self.value:.6g} = {self.eta0:g} (eta0)"]
+        """Return the decision, one factor a line, then one line for each role whose learning rate is another."""
+        lines = [f"learning rate {self.value:.6g} = {self.eta0:g} ({self.origin})"]
         lines += [f"    x {value:<8.4g} {name}: {formula}" for name, formula, value in self.factors]
+        lines += [f"    {role.describe(self.value)}" for role in self.roles if role.multiplier != 1]
         return "\n".join(lines)
 
 
@@ -158,6 +196,22 @@ def learning_rate(
         formula = f"sqrt({batch_tokens:,.0f} / {base_batch_tokens:,.0f} tokens)"
         factors.append(("batch", formula, math.sqrt(batch_tokens / base_batch_tokens)))
     return LearningRate(eta0, tuple(factors))
+
+
+def preset_learning_rate(name: str, sizes: Sizes, *, base: Sizes, eta0: float | None) -> LearningRate:
+    """Return the learning rate of hidden matrices by a preset that has a law of its own.
+
+    Args:
+        name: a key of :data:`PRESETS`, not of the paper's laws.
+        sizes: of the model and its training.
+        base: of the base model.
+        eta0: learning rate tuned on the base model, from which the preset's exponents start; None: the preset's own.
+    """
+    preset = PRESETS[name]
+    assert preset is not None
+    if eta0 is None:
+        return LearningRate(preset.law.factor, preset.law.powers(sizes, preset.unit), origin=f"coefficient of {name}")
+    return LearningRate(eta0, preset.law.powers(sizes, base))
 
 
 def weight_decay(recipe: Recipe, *, base_weight_decay: float, depth: int, base_depth: int = BASE_DEPTH) -> float:

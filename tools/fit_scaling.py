@@ -26,6 +26,7 @@ ONLY = {
     "base": "lr",
     "batch_tokens": "lr",
     "hidden_size": "lr",
+    "lr_preset": "lr",
     "token_exponent": "lr",
     "write_base": "lr",
     "baseline": "leverage",
@@ -88,7 +89,11 @@ def main(argv: list[str]) -> None:
 def _lr(options: argparse.Namespace, groups: Sequence[Group]) -> Outcome:
     tuned = analysis.tune(groups)
     exponent = _exponent(options.token_exponent, tuned)
-    bases = analysis.find_bases(tuned, options.base, exponent)
+    bases = analysis.find_bases(tuned, options.base, exponent, options.lr_preset or "paper")
+    replaced = {analysis.preset_of(base.group, base.preset) for base in bases.values()} - {"paper"}
+    if replaced and options.token_exponent is not None:
+        names = ", ".join(sorted(replaced))
+        raise UsageError(f"--token-exponent is of the paper's law, and {names} has its own; leave one of them out")
     document = {
         "bases": {method: base.group.key for method, base in bases.items()},
         "token_exponent": exponent,
@@ -213,6 +218,11 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         default=[],
         metavar="COLUMN=VALUE",
         help="lr: the group from which the law starts [of each method, the one of the fewest FLOPs]",
+    )
+    parser.add_argument(
+        "--lr-preset",
+        choices=list(transfer.PRESETS),
+        help="lr: law in place of that of the optimizer's recipe [column lr_preset; else paper]",
     )
     parser.add_argument("--token-exponent", metavar="X|fit", help="lr: exponent of the tokens in the law [0.32]")
     parser.add_argument(

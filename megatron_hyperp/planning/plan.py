@@ -111,6 +111,7 @@ def to_json(plan: RunPlan) -> dict[str, Any]:
         "lr": plan.learning_rate.value,
         "lr_multiplier": plan.learning_rate.multiplier,
         "lr_factors": {name: value for name, _, value in plan.learning_rate.factors},
+        "lr_roles": {rate.role: rate.multiplier for rate in plan.learning_rate.roles},
         "weight_decay": plan.config.optimizer.weight_decay,
         "global_batch_tokens": plan.config.batch_tokens,
         "train_iters": training.train_iters,

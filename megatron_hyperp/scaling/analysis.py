@@ -10,6 +10,7 @@ import yaml
 
 from megatron_hyperp import transfer
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.role_laws import Sizes
 from megatron_hyperp.scaling.fit import (
     Exponent,
     Leverage,
@@ -60,22 +61,30 @@ class Base:
     Attributes:
         group: the base model's runs.
         optimum: its best learning rate.
-        token_exponent: of the law.
+        token_exponent: of the recipe's law.
+        preset: law in place of the recipe's, where the file does not name one.
     """
 
     group: Group
     optimum: Optimum
     token_exponent: float = transfer.TOKEN_EXPONENT
+    preset: str = "paper"
 
     def law(self, group: Group) -> float | None:
-        """What the transfer law makes of the base's learning rate for another group; None for unknown recipes.
+        """What the transfer law makes of the base's learning rate for another group.
 
-        Where the file has no batch sizes, they are taken to be equal.
+        None for unknown recipes, and for presets with a law of the width where the file has no widths. Where it has no
+        batch sizes, they are taken to be equal.
         """
-        recipe = recipe_of(group)
-        if recipe is None:
+        recipe, preset = recipe_of(group), preset_of(group, self.preset)
+        if recipe is None or preset not in transfer.PRESETS:
             return None
         base_batch = batch_tokens(self.group) or 1.0
+        if transfer.PRESETS[preset] is not None:
+            own, base = _sizes(group, base_batch), _sizes(self.group, base_batch)
+            if own is None or base is None:
+                return None
+            return transfer.preset_learning_rate(preset, own, base=base, eta0=self.optimum.lr).value
         return transfer.learning_rate(
             recipe,
             eta0=self.optimum.lr,
@@ -91,7 +100,26 @@ class Base:
 
 def recipe_of(group: Group) -> transfer.Recipe | None:
     """The recipe named by a group's ``optimizer``, where the file has that column, or by its method."""
-    return transfer.RECIPES.get(str(group.runs[0].values.get("optimizer") or group.method))
+    return transfer.RECIPES.get(_optimizer(group))
+
+
+def _optimizer(group: Group) -> str:
+    return str(group.runs[0].values.get("optimizer") or group.method)
+
+
+def preset_of(group: Group, given: str) -> str:
+    """The law named by a group's ``lr_preset``, where the file has that column, else as given; for MuonH alone."""
+    of_muonh = _optimizer(group) in transfer.PRESET_OPTIMIZERS
+    return str(group.runs[0].values.get("lr_preset", given)) if of_muonh else "paper"
+
+
+def _sizes(group: Group, batch: float) -> Sizes | None:
+    """What learning rates scale with; None where the width is not known. ``batch`` is that of files without any."""
+    width = group.runs[0].values.get("hidden_size")
+    if not isinstance(width, float):
+        return None
+    depth, tokens = group.number("depth"), group.number("tokens")
+    return Sizes(width=width, depth=depth, tokens=tokens, batch=batch_tokens(group) or batch)
 
 
 def batch_tokens(group: Group) -> float | None:
@@ -105,14 +133,18 @@ def batch_tokens(group: Group) -> float | None:
 
 
 def find_bases(
-    tuned: Sequence[Tuned], conditions: Sequence[str] = (), exponent: float = transfer.TOKEN_EXPONENT
+    tuned: Sequence[Tuned],
+    conditions: Sequence[str] = (),
+    exponent: float = transfer.TOKEN_EXPONENT,
+    preset: str = "paper",
 ) -> dict[str, Base]:
     """Return the base of each method: of its groups with a best learning rate, the one of the fewest FLOPs.
 
     Args:
         tuned: the groups of all methods.
         conditions: that a base meets, as those of :func:`megatron_hyperp.scaling.groups.matching`.
-        exponent: of the tokens in the law.
+        exponent: of the tokens in the recipe's law.
+        preset: law in place of the recipe's, where the file does not name one.
 
     Raises:
         UsageError: no run meets the conditions.
@@ -121,7 +153,7 @@ def find_bases(
     bases: dict[str, Base] = {}
     for entry in sorted(tuned, key=lambda entry: entry.group.number("flops")):
         if entry.optimum and entry.group.method not in bases and entry.group.runs[0] in allowed:
-            bases[entry.group.method] = Base(entry.group, entry.optimum, exponent)
+            bases[entry.group.method] = Base(entry.group, entry.optimum, exponent, preset)
     return bases
 
 
@@ -146,12 +178,14 @@ def base_yaml(base: Base, *, source: str, batch: int | None, hidden_size: int | 
             " batch_tokens"
         )
     known_width = _agreed(width if isinstance(width, float) else None, hidden_size, "--hidden-size", source)
-    if not known_width and (recipe is None or recipe.width_mup):
+    preset = preset_of(group, base.preset)
+    if not known_width and (recipe is None or recipe.width_mup or transfer.PRESETS.get(preset) is not None):
         raise UsageError(
             f"{source} does not tell the width, on which {group.method}'s learning rate depends; give --hidden-size, or"
             " a column hidden_size"
         )
-    section: dict[str, float] = {"eta0": base.optimum.lr, "base_depth": round(group.number("depth"))}
+    section: dict[str, float | str] = {} if preset == "paper" else {"lr_preset": preset}
+    section |= {"eta0": base.optimum.lr, "base_depth": round(group.number("depth"))}
     if known_width:
         section["base_hidden_size"] = round(known_width)
     section |= {"base_tokens": group.number("tokens"), "base_batch_tokens": round(known_batch)}

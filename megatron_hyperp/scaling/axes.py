@@ -12,8 +12,9 @@ from typing import Any
 from megatron_hyperp import arguments
 from megatron_hyperp.errors import UsageError
 
-# Learning rates held fixed, and the factors by which that is done.
+# Learning rates held fixed, and the factors by which that is done, each with a role that it is of.
 HELD = {"embedding_lr": "embedding_lr_mult", "adam_lr": "adam_lr_mult"}
+HELD_ROLES = {"embedding_lr_mult": "embedding", "adam_lr_mult": "vector"}
 FIELDS: dict[str, tuple[str, Any]] = {
     name: (section, hint)
     for section, kind in arguments.section_types().items()

@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_hyperp import estimate
 from megatron_hyperp.config import Config
+from megatron_hyperp.learning_rates import lr_multipliers
 
 # The contract with tools/fit_scaling.py.
 CONTRACT = ("method", "depth", "tokens", "flops", "lr", "loss")
@@ -60,12 +61,15 @@ class Point:
         course: dict[str, Any] = {"lr": config.learning_rate().value}
         if config.recipe.width_mup:
             course["base_hidden_size"] = config.transfer.base_hidden_size
+        # Elsewhere they follow from fields that are below.
+        if config.optimizer.lr_exponents or config.preset is not None:
+            course["lr_multipliers"] = lr_multipliers(config)
         for section, left_out in COURSE.items():
             values = getattr(config, section)
             for item in dataclasses.fields(values):
                 value = getattr(values, item.name)
                 # A derived number that is 0, as those of experts in a dense model are, has nothing to tell either.
-                absent = value == item.default or (value == 0 and "derived" in item.metadata)
+                absent = value in (item.default, []) or (value == 0 and "derived" in item.metadata)
                 if item.name not in left_out and not absent:
                     course[item.name] = value
         text = json.dumps({name: plain(value) for name, value in course.items()}, sort_keys=True)

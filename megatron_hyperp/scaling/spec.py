@@ -32,7 +32,8 @@ from megatron_hyperp.config import Config
 from megatron_hyperp.data.indexed import check_prefix
 from megatron_hyperp.data.tokenizer import load_tokenizer
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.scaling.axes import FIELDS, HELD, Search, is_number, meant, parse_axis
+from megatron_hyperp.learning_rates import lr_multipliers
+from megatron_hyperp.scaling.axes import FIELDS, HELD, HELD_ROLES, Search, is_number, meant, parse_axis
 from megatron_hyperp.scaling.point import Point
 
 # What a sweep decides itself, or what its runs would overwrite for each other.
@@ -192,13 +193,14 @@ class Spec:
     def point(self, method: str | None, settings: Settings) -> Point:
         """Build and resolve the config of one training. Raises: UsageError, as the trainer would."""
         where = f"{self.source}: " + ", ".join(f"{name} {value}" for name, value in settings.items())
-        config = apply(self._base, {name: item for name, item in settings.items() if name not in HELD}, where)
+        held = {HELD[name]: item for name, item in settings.items() if name in HELD}
+        free = {name: item for name, item in settings.items() if name not in HELD}
+        config = apply(self._base, {**free, **dict.fromkeys(held, 1.0)}, where)
         try:
             resolved = self._resolve(config)
-            held = {HELD[name]: item for name, item in settings.items() if name in HELD}
-            for name, rate in held.items():
-                rate = arguments.convert(rate, float, where)
-                setattr(config.optimizer, name, rate / resolved.learning_rate().value)
+            rates = {name: arguments.convert(rate, float, where) for name, rate in held.items()}
+            for name, factor in _holding(resolved, rates).items():
+                setattr(config.optimizer, name, factor)
             resolved = self._resolve(config) if held else resolved
         except UsageError as error:
             raise UsageError(f"{where}: {error}") from error
@@ -211,6 +213,26 @@ class Spec:
         if path not in self._vocabularies:
             self._vocabularies[path] = load_tokenizer(path).vocab_size
         return config.resolve(world_size=self.ranks, tokenizer_vocab_size=self._vocabularies[path])
+
+
+def _holding(resolved: Config, rates: Mapping[str, float]) -> dict[str, float]:
+    """Return the factors that hold learning rates fixed, by field.
+
+    Args:
+        resolved: with factors of 1 in these fields.
+        rates: by field.
+
+    Raises:
+        UsageError: the factor is of two roles whose laws differ.
+    """
+    peak, multipliers = resolved.learning_rate().value, lr_multipliers(resolved)
+    follows = resolved.optimizer.output_lr_mult is None and resolved.model.untie_embeddings_and_output_weights
+    if "adam_lr_mult" in rates and follows and multipliers["output"] != multipliers["vector"]:
+        raise UsageError(
+            "adam_lr cannot hold both gains and output layer, whose learning rates are"
+            f" {multipliers['vector']:.4g} and {multipliers['output']:.4g} times the peak; set output_lr_mult"
+        )
+    return {name: rate / (peak * multipliers[HELD_ROLES[name]]) for name, rate in rates.items()}
 
 
 def apply(config: Config, settings: Settings, where: str) -> Config:

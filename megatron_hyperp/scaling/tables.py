@@ -7,10 +7,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_hyperp import text
-from megatron_hyperp.scaling.analysis import GRID_STEP, Base, LeveragePoint, LossFit, TokenFit, Tuned, recipe_of
+from megatron_hyperp.scaling.analysis import (
+    GRID_STEP,
+    Base,
+    LeveragePoint,
+    LossFit,
+    TokenFit,
+    Tuned,
+    preset_of,
+    recipe_of,
+)
 from megatron_hyperp.scaling.fit import PowerLaw
 from megatron_hyperp.scaling.groups import shown
-from megatron_hyperp.transfer import RECIPES, TOKEN_EXPONENT
+from megatron_hyperp.transfer import PRESETS, RECIPES, TOKEN_EXPONENT
 
 Result = dict[str, Any]
 # What stands where there is no number.
@@ -76,7 +85,15 @@ def _described(base: Base) -> str:
     recipe = recipe_of(base.group)
     if recipe is None:
         return f"none; the methods that have one are {', '.join(RECIPES)} (or name them in a column optimizer)"
+    name = preset_of(base.group, base.preset)
+    if name not in PRESETS:
+        return f"none; the presets of column lr_preset are {', '.join(PRESETS)}"
     factors = [f"{base.optimum.lr:.4g}"]
+    if (preset := PRESETS[name]) is not None:
+        law = preset.law
+        factors += [f"(w/w0)^{law.width:g}", f"(T/T0)^{law.tokens:g}", f"(B/B0)^{law.batch:g}"]
+        unknown = "" if base.law(base.group) else "; the file needs a column hidden_size for it"
+        return f"{' '.join(factors)} ({name}), from {base.group.name()}{unknown}"
     factors += ["sqrt(d0/d)"] if recipe.depth_law else []
     factors += [f"(T/T0)^-{base.token_exponent:.4g}"] if recipe.token_law else []
     factors += ["sqrt(B/B0)"] if recipe.batch_law else []

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_hyperp import arguments
 from megatron_hyperp.config import Config
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.role_laws import TITLES
 from megatron_hyperp.training.logging import CONFIG_FILE
 
 # What must agree for weights to fit: everything the forward pass depends on.
@@ -114,7 +115,7 @@ def _architecture(config: Config) -> dict[str, Any]:
 def changed_settings(folder: Path, config: Config) -> list[str]:
     """Return a line for each setting that could change the course of training and differs from the checkpoint's."""
     saved = arguments.load_stored(folder / CONFIG_FILE)
-    lines = _learning_rate_lines(saved, config)
+    lines = _learning_rate_lines(saved, config) + _role_lines(saved, config)
     other_batch = saved.training.global_batch_size != config.training.global_batch_size
     for section, names in COURSE.items():
         for item in dataclasses.fields(getattr(config, section)):
@@ -149,12 +150,23 @@ def _learning_rate_lines(saved: Config, config: Config) -> list[str]:
     line = f"the peak learning rate was {before:g} in the checkpoint and is now {now:g}"
     if saved.batch_tokens == config.batch_tokens:
         return [] if before == now else [line]
-    if config.optimizer.lr is not None or not config.recipe.batch_law:
+    if config.optimizer.lr is not None or not config.has_batch_law:
         return [line if before != now else f"the peak learning rate stays {now:g} with the other batch"]
     factor = math.sqrt(config.batch_tokens / saved.batch_tokens)
     return [
         f"{line}; for {config.batch_tokens:,} tokens per batch instead of {saved.batch_tokens:,} the transfer law has a"
         f" factor of {factor:.4g}, which --use-checkpoint-opt-param-scheduler would leave out"
+    ]
+
+
+def _role_lines(saved: Config, config: Config) -> list[str]:
+    """Say whose learning rate was and is another multiple of the peak."""
+    then = {rate.role: rate.multiplier for rate in saved.learning_rate().roles}
+    return [
+        f"the learning rate of the {TITLES[rate.role]} was {then[rate.role]:.4g} times the peak in the checkpoint and"
+        f" is now {rate.multiplier:.4g} times"
+        for rate in config.learning_rate().roles
+        if rate.role in then and then[rate.role] != rate.multiplier
     ]
 
 

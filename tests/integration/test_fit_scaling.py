@@ -6,7 +6,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,51 @@ def test_the_laws_exponent_may_be_fitted_and_its_base_chosen(table: Path, capsys
     assert [result["ratio"] for result in fitted["results"]] == pytest.approx([1.0] * 3, rel=1e-3)
     given = fit(f"{words} 0.1", table, capsys)
     assert given["results"][2]["law"] == pytest.approx(BEST * 4**-0.1, rel=1e-3)
+
+
+def marins(rows: Iterable[Row]) -> list[Row]:
+    """The runs with best learning rates by Marin's exponents in place of the paper's, for HyperP."""
+    result = []
+    for row in chosen(list(rows), method="hyperp"):
+        law = (row["hidden_size"] / 64) ** -0.345 * (row["tokens"] / TOKENS) ** -0.346
+        moved = float(row["lr"]) * BEST * law / best_lr("hyperp", row["depth"], row["tokens"])
+        result.append(row | {"lr": f"{moved:.10g}"})
+    return result
+
+
+def test_learning_rates_beside_a_preset(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = marins(sweep())
+    table = write(tmp_path / "sweep.csv", rows)
+    by_flag = fit("lr --lr-preset marin-2608", table, capsys)["results"]
+    assert [result["ratio"] for result in by_flag] == pytest.approx([1.0] * 6, rel=1e-3)
+    assert max(abs(result["ratio"] - 1) for result in fit("lr", table, capsys)["results"]) > 0.1
+    # A column says so as well; the preset is of MuonH alone.
+    named = write(tmp_path / "named.csv", [row | {"lr_preset": "marin-2608"} for row in rows])
+    assert fit("lr", named, capsys)["results"] == by_flag
+    both = write(tmp_path / "both.csv", rows + chosen(list(sweep()), method="adamw"))
+    assert [result["ratio"] for result in fit("lr --lr-preset marin-2608", both, capsys)["results"]] == pytest.approx(
+        [1.0] * 12, rel=1e-3
+    )
+    main(["lr", "--csv", str(named)])
+    assert "(w/w0)^-0.345 (T/T0)^-0.346 (B/B0)^0.5 (marin-2608), from hyperp" in capsys.readouterr().out
+    # Without widths there is no law.
+    columns = [name for name in rows[0] if name not in ("hidden_size", "heads")]
+    one_width = [{name: row[name] for name in columns} for row in chosen(rows, hidden_size=64)]
+    narrow = write(tmp_path / "narrow.csv", one_width)
+    assert {result["law"] for result in fit("lr --lr-preset marin-2608", narrow, capsys)["results"]} == {None}
+    main(["lr", "--csv", str(narrow), "--lr-preset", "marin-2608"])
+    assert "the file needs a column hidden_size for it" in capsys.readouterr().out
+
+
+def test_the_base_of_a_preset(tmp_path: Path) -> None:
+    table, base = write(tmp_path / "sweep.csv", marins(sweep())), tmp_path / "base.yaml"
+    words = f"--csv {table} --lr-preset marin-2608 --base tokens=1e6 --batch-tokens {BATCH} --write-base {base}"
+    main(["lr", *words.split()])
+    flags = f"--config {QUICKSTART} {base} --train-iters none --train-tokens 4e6 --depth 4"
+    config = arguments.parse(flags.split(), description="").resolve(tokenizer_vocab_size=2048)
+    assert config.transfer.lr_preset == "marin-2608"
+    factor = (config.model.hidden_size / 64) ** -0.345 * 4**-0.346 * math.sqrt(config.batch_tokens / BATCH)
+    assert config.learning_rate().value == pytest.approx(BEST * factor, rel=1e-3)
 
 
 def test_the_exponent_of_the_tokens(table: Path, capsys: pytest.CaptureFixture[str]) -> None:

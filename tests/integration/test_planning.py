@@ -71,10 +71,24 @@ def test_figures_that_the_paper_prints(capsys: pytest.CaptureFixture[str]) -> No
     assert f"{larger['lr_multiplier']:.4f}" == "0.5914"
 
 
+def test_plans_follow_the_preset_and_the_laws_of_roles(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = "--depth 24 --gpus 64 --lr-preset marin-2608 --lr-exponents output:depth=1"
+    result = plan(capsys, flags)
+    lr = 34.35 * result["tokens"] ** -0.346 * 3072**-0.345 * math.sqrt(2**21 / 8192)
+    assert result["lr"] == pytest.approx(lr)
+    assert list(result["lr_factors"]) == ["width", "tokens", "batch"]
+    assert result["lr_roles"] == {"hidden": 1.0, "output": 3.0, "embedding": 3 / 13, "vector": 3 / 13}
+    plan_run.main(flags.split())
+    shown = capsys.readouterr().out
+    assert f"hyperp, learning rate {lr:.6g} = 34.35 (coefficient of marin-2608)" in shown
+    assert f"output layer: {3 * lr:.6g} = learning rate x 3 (depth: (24 / 8)^1)" in shown
+
+
 @pytest.mark.parametrize(
     "flags",
     [
         "--depth 8 --gpus 8 --bf16",
+        "--depth 8 --gpus 8 --bf16 --lr-preset marin-2608 --lr-exponents embedding:width=-0.5 vector:tokens=0.1",
         pytest.param("--depth 24 --gpus 64 --bf16 --gpu A100", marks=pytest.mark.matrix),
         "--depth 12 --gpus 8 --bf16 --moe-sparsity 8 --moe-topk 8 --num-experts 64",
         "--depth 8 --gpus 16 --optimizer adamw --tensor-model-parallel-size 2",

@@ -11,6 +11,7 @@ import pytest
 from megatron_hyperp import arguments, config
 from megatron_hyperp import resolve as resolve_module
 from megatron_hyperp.config import Config, data_parallel_size, width_multiplier
+from megatron_hyperp.learning_rates import lr_multipliers
 
 SMALL = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --num-query-groups 2 --vocab-size 64 --seq-length 16"
@@ -210,6 +211,59 @@ def test_recipes_scale_the_model(optimizer: str, width: float, decay: float, res
     assert resolved.model.residual_multiplier == pytest.approx(residual)
 
 
+ONES = dict.fromkeys(("hidden", "router", "output", "embedding", "vector", "qk_norm"), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "others"),
+    [
+        ("", {}),
+        ("--optimizer muon", {}),
+        ("--optimizer adamw", {"hidden": 1024 / 1536, "router": 1024 / 1536}),
+        ("--embedding-lr-mult 3", {"embedding": 3.0}),
+        ("--adam-lr-mult 0.1 --qk-norm-lr-mult 0.3", {"output": 0.1, "vector": 0.1, "qk_norm": 0.1 * 0.3}),
+        ("--adam-lr-mult 0.1 --output-lr-mult 2", {"output": 2.0, "vector": 0.1, "qk_norm": 0.1}),
+        ("--num-experts 8 --router-lr-mult 0", {"router": 0.0}),
+        # Width 1536 over 1024, depth 12 over 8.
+        ("--lr-exponents embedding:width=2,depth=-1 output:depth=2", {"embedding": 1.5, "output": 2.25}),
+        ("--lr-exponents vector:width=1 --adam-lr-mult 2", {"output": 2.0, "vector": 3.0, "qk_norm": 3.0}),
+        ("--optimizer adamw --lr-exponents hidden:width=0", {"router": 1024 / 1536}),
+        ("--train-tokens 4e9 --base-tokens 1e9 --lr-exponents hidden:tokens=0.5", {"hidden": 2.0}),
+        ("--base-batch-tokens 524288 --global-batch-size 512 --lr-exponents hidden:batch=-1", {"hidden": 0.25}),
+        ("--lr 0.1 --lr-preset marin-2608", dict.fromkeys(("embedding", "router", "vector", "qk_norm"), 3 / 13)),
+    ],
+)
+def test_each_role_has_its_multiplier(flags: str, others: dict[str, float]) -> None:
+    resolved = resolve(f"{PAPER} {flags}")
+    assert lr_multipliers(resolved) == ONES | others
+    absent = set() if resolved.moe.num_experts else {"router"}
+    shown = {rate.role: rate.multiplier for rate in resolved.learning_rate().roles}
+    expected = ONES | others
+    if expected["qk_norm"] == expected["vector"]:
+        absent.add("qk_norm")
+    assert shown == {role: value for role, value in expected.items() if role not in absent}
+
+
+def test_learning_rate_by_a_preset() -> None:
+    flags = f"{PAPER} --lr-preset marin-2608"
+    tokens, own = 28_488_664_987, resolve(flags)
+    assert own.learning_rate().value == pytest.approx(34.35 * tokens**-0.346 * 1536**-0.345 * math.sqrt(2**21 / 8192))
+    assert own.optimizer.min_lr == pytest.approx(0.1 * own.learning_rate().value)
+    # The base model's, so that giving it changes nothing.
+    assert own.eta0 == pytest.approx(34.35 * 10.4e9**-0.346 * 1024**-0.345 * 16)
+    assert resolve(f"{flags} --eta0 {own.eta0!r}").learning_rate().value == pytest.approx(own.learning_rate().value)
+    # Neither optimizer's own law, nor experts, change it.
+    for other in ("--optimizer muonh", "--num-experts 8"):
+        assert resolve(f"{flags} {other}").learning_rate().value == own.learning_rate().value
+    assert resolve(f"{flags} --lr 0.1").learning_rate().value == 0.1
+    assert (own.has_batch_law, resolve(f"{PAPER} --optimizer muonh").has_batch_law) == (True, False)
+
+
+def test_roles_that_a_model_does_not_have_are_not_shown() -> None:
+    resolved = resolve(f"{PAPER} --no-untie-embeddings-and-output-weights --no-qk-layernorm")
+    assert [rate.role for rate in resolved.learning_rate().roles] == ["hidden", "embedding", "vector"]
+
+
 def test_explicit_scaling_beats_the_recipe() -> None:
     flags = "--optimizer muon --weight-decay 0.3 --residual-multiplier 0.5 --logits-multiplier 2 --softmax-scale 1"
     resolved = resolve(f"{PAPER} {flags} --base-hidden-size 7 --embedding-init-std 0.1")
@@ -239,6 +293,7 @@ RESOLVABLE = [
     f"{PAPER} --moe-sparsity 8 --moe-topk 8 --moe-shared-expert",
     f"{PAPER} --moe-sparsity 8 --moe-topk 8 --moe-shared-expert --num-experts 64 --moe-gate softmax",
     f"{SMALL} --num-experts 4",
+    f"{PAPER} --lr-preset marin-2608 --lr-exponents embedding:width=-0.5,depth=0 vector:tokens=0.1",
     f"{PAPER} --lr 1e-3 --hidden-size 1024 --no-untie-embeddings-and-output-weights --data-path 0.5 a 0.5 12",
 ]
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from megatron_hyperp import arguments, precision
+from megatron_hyperp import arguments, learning_rates, precision, role_laws
 from megatron_hyperp import resolve as resolve_module
 from megatron_hyperp.errors import UsageError
 from tests.unit.test_config import PAPER, SMALL, resolve
@@ -257,6 +257,36 @@ REFUSALS = [
         "leave one",
     ),
     Refusal(f"{SMALL} --no-qk-layernorm --qk-norm-lr-mult 0", "--qk-norm-lr-mult is of gains that", "leave one"),
+    # Learning rates of roles
+    Refusal(f"{SMALL} --router-lr-mult 0.5", "--router-lr-mult needs experts", "give --num-experts, or leave it out$"),
+    Refusal(f"{SMALL} --lr-exponents router:width=-1", "--lr-exponents router: needs experts", "leave it out$"),
+    Refusal(
+        f"{SMALL} --no-untie-embeddings-and-output-weights --output-lr-mult 1",
+        "--output-lr-mult is of an output layer that --no-untie-embeddings-and-output-weights leaves out",
+        "leave that out, or leave it out$",
+    ),
+    Refusal(f"{SMALL} --embedding-lr-mult=-1", "--embedding-lr-mult is -1", "at least 0"),
+    Refusal(f"{SMALL} --lr-exponents width=1", "--lr-exponents width=1", "give ROLE:AXIS=EXPONENT.*roles are hidden,"),
+    Refusal(f"{SMALL} --lr-exponents vector:heads=1", "--lr-exponents vector:heads=1", "axes are width, depth, tokens"),
+    Refusal(f"{SMALL} --lr-exponents vector:width=1,width=2", "--lr-exponents vector:width", "already; give one$"),
+    Refusal(f"{SMALL} --lr-exponents vector:width=inf", "--lr-exponents vector:width=inf", "finite number, such as"),
+    Refusal(
+        f"{SMALL} --lr-exponents vector:width=400", "rate of the gains and biases would be 0", "look at its factor"
+    ),
+    Refusal(f"{SMALL} --lr-exponents vector:width=-400", "no computer holds", "powers of ten"),
+    Refusal(
+        f"{SMALL} --lr-exponents vector:width=-255 --adam-lr-mult 1e20", "gains .* would be inf", "--lr-exponents$"
+    ),
+    Refusal(
+        f"{SMALL} --lr-preset marin-2608 --optimizer adamw",
+        "--lr-preset marin-2608 is the law of MuonH, which --optimizer adamw is not",
+        "give hyperp or muonh, or --lr-preset paper$",
+    ),
+    Refusal(
+        f"{SMALL} --lr-preset marin-2608 --token-exponent 0.5",
+        "--token-exponent 0.5 is of the paper's law, but --lr-preset marin-2608 has 0.346",
+        "leave one of them out$",
+    ),
     # FP8
     Refusal(f"{SMALL} --fp8-param-gather --bf16", "--fp8-param-gather needs --fp8-format", "leave it out$"),
     Refusal(
@@ -427,7 +457,7 @@ def test_what_cannot_run_is_refused(refusal: Refusal) -> None:
 def test_every_refusal_has_a_test() -> None:
     frames = [traceback.extract_tb(refused(refusal).__traceback__)[-1] for refusal in REFUSALS]
     reached = {(frame.filename, frame.lineno) for frame in frames}
-    for module in (resolve_module, precision):
+    for module in (resolve_module, precision, learning_rates, role_laws):
         nodes = ast.walk(ast.parse(inspect.getsource(module)))
         raised = {(module.__file__, node.lineno) for node in nodes if isinstance(node, ast.Raise) and node.exc}
         assert raised <= reached

@@ -249,6 +249,11 @@ def test_what_a_changed_batch_changes_is_told(tmp_path: Path) -> None:
         ("", ["was 0.*; for 256 tokens per batch instead of 128 the transfer law has a factor of 1.414, which"]),
         (" --lr 0.1", [r"the peak learning rate stays 0\.1 with the other batch"]),
         (" --optimizer muonh", ["the peak learning rate stays 0.* with the other batch"]),
+        (" --optimizer muonh --lr-preset marin-2608", ["the transfer law has a factor of 1.414, which"]),
+        (
+            " --lr-exponents embedding:batch=1 --base-batch-tokens 128",
+            ["learning rate of the embedding was 1 times the peak in the checkpoint and is now 2 times"],
+        ),
     ):
         before = parse(RUN + words).resolve()
         (tmp_path / CONFIG_FILE).write_text(arguments.to_yaml(before))

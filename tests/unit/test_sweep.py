@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from megatron_hyperp.errors import UsageError
+from megatron_hyperp.learning_rates import lr_multipliers
 from megatron_hyperp.scaling.axes import Search
 from megatron_hyperp.scaling.ledger import judge
 from megatron_hyperp.scaling.spec import Spec
@@ -96,6 +97,26 @@ def test_a_held_learning_rate_becomes_a_factor(content: dict[str, Any]) -> None:
         assert point.row(["embedding_lr"])["embedding_lr"] == "0.06"
 
 
+def test_a_held_learning_rate_does_not_follow_the_laws_of_roles(content: dict[str, Any]) -> None:
+    content["set"] |= {"lr_exponents": "embedding:width=-1,tokens=0.5", "embedding_lr_mult": 7, "base_tokens": 1280}
+    content["blocks"] = [{"set": {"embedding_lr": 0.06}}]
+    for point in points(content):
+        peak = point.resolved.learning_rate().value
+        assert lr_multipliers(point.resolved)["embedding"] * peak == pytest.approx(0.06)
+
+
+def test_gains_and_output_layer_are_held_together_or_not_at_all(content: dict[str, Any]) -> None:
+    content["set"] |= {"lr_preset": "marin-2608"}
+    content["blocks"] = [{"set": {"adam_lr": 0.06}}]
+    with pytest.raises(UsageError, match=r"adam_lr cannot hold both .* 0\.2308 and 1 times .*; set output_lr_mult$"):
+        points(content)
+    content["set"] |= {"output_lr_mult": 2}
+    for point in points(content):
+        multipliers = lr_multipliers(point.resolved)
+        assert multipliers["vector"] * point.resolved.learning_rate().value == pytest.approx(0.06)
+        assert multipliers["output"] == 2
+
+
 def test_row(content: dict[str, Any]) -> None:
     content["set"] |= {"moe_sparsity": 2, "moe_topk": 2}
     point = points(content)[-1]
@@ -115,7 +136,9 @@ def test_key_is_of_what_decides_the_result(content: dict[str, Any]) -> None:
     same = [{}, {"eval_interval": 7}, {"num_workers": 2}, {"log_interval": 3}, {"eta0": 0.5}, {"train_iters": 10}]
     assert len({key(**settings) for settings in same}) == 1
     other = [{}, {"seed": 2}, {"lr": 0.031}, {"eval_iters": 9}, {"clip_grad": 2.0}, {"optimizer": "muonh"}]
-    other += [{"train_tokens": 2304}, {"micro_batch_size": 2}, {"embedding_lr_mult": 2.0}]
+    other += [{"train_tokens": 2304}, {"micro_batch_size": 2}, {"embedding_lr_mult": 2.0}, {"output_lr_mult": 1.0}]
+    other += [{"lr_preset": "marin-2608"}, {"lr_exponents": "vector:width=1"}]
+    other += [{"lr_exponents": "vector:width=1", "base_hidden_size": 32}]
     assert len({key(**settings) for settings in other}) == len(other)
     spelled = points({"set": {**content["set"], "eta0": 0.03, "num_layers": 2}})[0]
     assert spelled.key == key()

@@ -8,8 +8,10 @@ import pytest
 
 from megatron_hyperp import transfer
 from megatron_hyperp.config import Config
+from megatron_hyperp.errors import UsageError
 from megatron_hyperp.estimate import parameter_count, train_flops_per_token
-from megatron_hyperp.transfer import RECIPES, LearningRate, Recipe
+from megatron_hyperp.role_laws import QK_GAINS, ROLES, RoleLaw, RoleRate, Sizes, parse_exponents, role_laws
+from megatron_hyperp.transfer import PRESETS, RECIPES, LearningRate, Recipe
 
 
 def paper(depth: int) -> Config:
@@ -139,3 +141,133 @@ def test_description_names_every_factor() -> None:
         "    x 2        batch: sqrt(8,388,608 / 2,097,152 tokens)",
     ]
     assert LearningRate(0.002, ()).describe() == "learning rate 0.002 = 0.002 (eta0)"
+
+
+# Laws of roles
+
+SIZES = Sizes(width=2048, depth=18, tokens=4e9, batch=2**22)
+BASE = Sizes(width=1024, depth=8, tokens=1e9, batch=2**21)
+
+
+@pytest.mark.parametrize(
+    ("law", "multiplier", "formulas"),
+    [
+        (RoleLaw(), 1.0, []),
+        (RoleLaw(factor=0.3), 0.3, []),
+        (RoleLaw(width=-1), 0.5, ["(2,048 / 1,024)^-1"]),
+        (RoleLaw(width=1), 2.0, ["(2,048 / 1,024)^1"]),
+        (RoleLaw(depth=-0.5), 2 / 3, ["(18 / 8)^-0.5"]),
+        (RoleLaw(tokens=-0.25), math.sqrt(0.5), ["(4e+09 / 1e+09)^-0.25"]),
+        (RoleLaw(batch=0.5), math.sqrt(2), ["sqrt(4,194,304 / 2,097,152 tokens)"]),
+        (RoleLaw(factor=3, width=-0.5, tokens=1), 12 / math.sqrt(2), ["(2,048 / 1,024)^-0.5", "(4e+09 / 1e+09)^1"]),
+    ],
+)
+def test_a_role_law_is_a_factor_times_powers(law: RoleLaw, multiplier: float, formulas: list[str]) -> None:
+    assert law.multiplier(SIZES, BASE) == pytest.approx(multiplier, rel=1e-15)
+    assert [formula for _, formula, _ in law.powers(SIZES, BASE)] == formulas
+    assert law.multiplier(BASE, BASE) == law.factor
+
+
+@pytest.mark.parametrize(("width", "base"), [(1536, 1024), (96, 7), (4096 * 3, 1000)])
+def test_mup_is_the_plain_quotient_to_the_last_bit(width: int, base: int) -> None:
+    own, other = (Sizes(width=size, depth=1, tokens=1, batch=1) for size in (width, base))
+    assert RoleLaw(width=-1.0).multiplier(own, other) == base / width
+
+
+def test_by_default_all_roles_share_the_learning_rate() -> None:
+    assert set(role_laws(factors={}).values()) == {RoleLaw()}
+    assert list(role_laws(factors={})) == [*ROLES, QK_GAINS]
+
+
+def test_laws_of_roles() -> None:
+    exponents = {"hidden": {"depth": 0.5}, "router": {"width": -0.5}, "vector": {"tokens": 0.1}}
+    laws = role_laws(factors={"router": 0.5, "vector": 0.4}, qk_factor=0.5, width_mup=True, exponents=exponents)
+    assert laws == {
+        "hidden": RoleLaw(width=-1, depth=0.5),
+        "router": RoleLaw(factor=0.5, width=-0.5),
+        "output": RoleLaw(),
+        "embedding": RoleLaw(),
+        "vector": RoleLaw(factor=0.4, tokens=0.1),
+        # They take the law of gains, with a further factor.
+        QK_GAINS: RoleLaw(factor=0.2, tokens=0.1),
+    }
+    # What is given takes the place of muP's exponent.
+    assert role_laws(factors={}, width_mup=True, exponents={"hidden": {"width": 0.0}})["hidden"] == RoleLaw()
+
+
+@pytest.mark.parametrize(
+    "words", [["embedding:width=-0.5,depth=0", "router:tokens=.1"], ["embedding:width=-5e-1,depth=0 router:tokens=0.1"]]
+)
+def test_exponents_are_read(words: list[str]) -> None:
+    assert parse_exponents(words) == {"embedding": {"width": -0.5, "depth": 0.0}, "router": {"tokens": 0.1}}
+    assert parse_exponents([]) == {}
+    assert parse_exponents(["vector:width=1", "vector:depth=2"]) == {"vector": {"width": 1.0, "depth": 2.0}}
+
+
+@pytest.mark.parametrize(
+    ("word", "message"),
+    [
+        ("embeding:width=1", "roles are hidden, router, output, embedding, vector$"),
+        ("width=1", "give ROLE:AXIS=EXPONENT"),
+        ("vector:", "'' is no axis"),
+        ("vector:width=1,", "'' is no axis"),
+        ("vector:widths=1", "'widths' is no axis; axes are width, depth, tokens, batch$"),
+        ("vector:width", "'' must be a finite number"),
+        ("vector:width=nan", "'nan' must be a finite number"),
+        ("vector:width=1=2", "'1=2' must be a finite number"),
+        ("vector:width=1 vector:width=2", "vector has an exponent of width already"),
+    ],
+)
+def test_words_that_are_no_exponents_are_refused(word: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse_exponents([word])
+
+
+def test_description_names_roles_with_a_learning_rate_of_their_own() -> None:
+    law = RoleLaw(factor=0.25, width=-1)
+    roles = tuple(
+        RoleRate(role, law.factor, law.powers(SIZES, BASE))
+        for role, law in {"hidden": RoleLaw(), "output": RoleLaw(width=-1), "embedding": law}.items()
+    )
+    assert LearningRate(0.002, (), (*roles, RoleRate("vector", 0.0, ()))).describe().splitlines() == [
+        "learning rate 0.002 = 0.002 (eta0)",
+        "    output layer: 0.001 = learning rate x 0.5 (width: (2,048 / 1,024)^-1)",
+        "    embedding: 0.00025 = learning rate x 0.25 x 0.5 (width: (2,048 / 1,024)^-1)",
+        "    gains and biases: 0 = learning rate x 0",
+    ]
+
+
+# Published presets. Sources: issues 7856 and 8435 of github.com/marin-community/marin.
+
+
+def marin(width: int, tokens: float, batch_tokens: int) -> float:
+    sizes = Sizes(width=width, depth=48, tokens=tokens, batch=batch_tokens)
+    return transfer.preset_learning_rate("marin-2608", sizes, base=BASE, eta0=None).value
+
+
+def test_marins_law_gives_the_learning_rates_that_marin_prints() -> None:
+    # Issue 7856: width 6144, 15T tokens, 4096 sequences of 8192: 2.99e-3.
+    assert f"{marin(6144, 15e12, 4096 * 8192):.2e}" == "2.99e-03"
+    # Issue 8435, the run of 535B parameters: 390,139 steps of 11,264 sequences of 4096: 0.003291, by exponents of four
+    # digits (-0.3461, -0.3448).
+    batch = 11_264 * 4096
+    assert marin(6144, 390_139 * batch, batch) == pytest.approx(0.003291, rel=2e-3)
+
+
+def test_a_preset_transfers_from_a_base_that_was_tuned() -> None:
+    own = transfer.preset_learning_rate("marin-2608", SIZES, base=BASE, eta0=None)
+    base = transfer.preset_learning_rate("marin-2608", BASE, base=BASE, eta0=None)
+    tuned = transfer.preset_learning_rate("marin-2608", SIZES, base=BASE, eta0=base.value)
+    assert tuned.value == pytest.approx(own.value, rel=1e-12)
+    assert transfer.preset_learning_rate("marin-2608", BASE, base=BASE, eta0=0.02).value == 0.02
+    assert own.describe().splitlines() == [
+        f"learning rate {own.value:.6g} = 34.35 (coefficient of marin-2608)",
+        f"    x {2048**-0.345:<8.4g} width: 2,048^-0.345",
+        f"    x {4e9**-0.346:<8.4g} tokens: 4e+09^-0.346",
+        "    x 22.63    batch: sqrt(4,194,304 / 8,192 tokens)",
+    ]
+
+
+def test_presets_know_their_roles() -> None:
+    for preset in PRESETS.values():
+        assert preset is None or preset.factors.keys() <= ROLES.keys()
