@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar
 
 from megatron_hyperp import transfer
+from megatron_hyperp.coefficients import SetName, Steps
 from megatron_hyperp.transfer import LearningRate, Recipe
 
 # A field that is None until ``Config.resolve`` derives it. Type checkers see the type of resolved configs.
@@ -193,8 +194,12 @@ class OptimizerConfig:
         "what is one matrix on one sphere: the fused QKV and gate/up weights (as in the paper), each of their"
         " components, or each head of QKV",
     )
-    ns_steps: int = knob(5, "Newton-Schulz steps", POSITIVE)
-    ns_coefficients: Literal["quintic", "polar_express"] = knob("quintic", "coefficient set of Newton-Schulz")
+    ns_steps: str | None = knob(
+        None,
+        "Newton-Schulz steps; families of matrices (attention, mlp, experts, router) may have their own, as in"
+        " 5,experts=3 [those that the coefficient set is made for]",
+    )
+    ns_coefficients: SetName = knob("quintic", "coefficient set of Newton-Schulz (docs/newton-schulz.md)")
     ns_form: Literal["auto", "standard", "gram"] = knob(
         "auto", "iterate on X, or on X X^T alone (gram: fp32 or fp16); auto takes what needs fewer FLOPs"
     )
@@ -225,6 +230,22 @@ class OptimizerConfig:
         "further factor on that of the gains on queries and keys; 0 leaves them as they are: 1 in a new model, whose"
         " attention logits then are sqrt(128) at most, with the usual --softmax-scale",
     )
+
+    @property
+    def steps(self) -> Steps:
+        """Newton-Schulz steps, read. Raises: UsageError, text that says none."""
+        return Steps.parse(self.ns_steps, self.ns_coefficients)
+
+    def steps_of(self, family: str | None) -> int:
+        """Return the Newton-Schulz steps of a family of matrices, or of all alike.
+
+        Args:
+            family: a key of :data:`~megatron_hyperp.coefficients.STEP_FAMILIES`, or None.
+
+        Raises:
+            ValueError: None, where families differ (and UsageError: text that says no steps).
+        """
+        return self.steps.of(family)
 
     @property
     def asks_for_gram(self) -> bool:
