@@ -29,3 +29,7 @@ WEIGHT_DECAY_FACTOR = 0.1
 
 # Logits of one model in two implementations, fp32: sums in another order; 1e-6 is typical.
 EXPORTED_LOGITS = 1e-4
+
+# Measured over predicted error of Newton-Schulz in Gram form: the prediction is a root mean square over random noise,
+# and one matrix is one draw; leaving out how a product's partial sums round. 0.4 to 3 are typical.
+PREDICTED_ROUNDING = (0.2, 5.0)
