@@ -39,7 +39,8 @@ def iterated(schedule: tuple[Coefficients, ...] | list[Coefficients], values: np
 
 @pytest.mark.parametrize("name", SETS)
 def test_figures_are_the_published_ones(name: str) -> None:
-    triples = SETS[name].schedule(len(SETS[name].triples))
+    # Those of Polar Express are published shrunk.
+    triples = SETS[name].schedule(8) if name == "polar_express" else SETS[name].triples
     for found, published in zip((triples[0], triples[-1]), PUBLISHED[name], strict=True):
         assert found == pytest.approx(published, abs=1e-4)
     assert re.search(r"arXiv \d{4}\.\d{5}|DeepSeek-V4", SETS[name].source)
