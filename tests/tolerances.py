@@ -38,7 +38,7 @@ PREDICTED_ROUNDING = (0.2, 5.0)
 
 # Newton-Schulz against float64 where singular values fall as 1/k, 1/k^2 or 10^0 to 10^-4, or vanish: unit roundoff
 # times the product of slopes at 0 (500 for five quintic steps, 80,000 for ten of deepseekv4), of which a part is seen.
-NEWTON_SCHULZ_ON_SPECTRA = {torch.float32: 2e-4, torch.float16: 0.4, torch.bfloat16: 1.0}
+NEWTON_SCHULZ_ON_SPECTRA = {torch.float32: 1e-3, torch.float16: 0.6, torch.bfloat16: 1.0}
 
 # The same on matrices without full rank, in the directions that they have: no slope at 0 lifts the rounding there.
 NEWTON_SCHULZ_RANK_DEFICIENT = {torch.float32: 1e-4, torch.float16: 0.1, torch.bfloat16: 0.3}
