@@ -46,9 +46,11 @@ def load_yaml(*paths: str | Path) -> Config:
 def load_stored(path: str | Path) -> Config:
     """Read the config of a checkpoint or run. Raises: as :func:`load_yaml`.
 
-    Earlier versions wrote 0 for a number that was not set; where 0 is not a valid value, it is read as None.
+    Earlier versions wrote 0 for a number that was not set; where 0 is not a valid value, it is read as None. They also
+    wrote Newton-Schulz steps that were not asked for.
     """
     config = load_yaml(path)
+    config.optimizer.ns_steps = config.optimizer.steps.text(config.optimizer.ns_coefficients)
     for section in (getattr(config, item.name) for item in dataclasses.fields(config)):
         for item in dataclasses.fields(section):
             if item.default is None and getattr(section, item.name) == 0 and not RANGES[item.metadata["allowed"]](0):

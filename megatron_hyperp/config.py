@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, TypeVar
 
 from megatron_hyperp import transfer
+from megatron_hyperp.coefficients import SetName, Steps
 from megatron_hyperp.role_laws import Sizes
 from megatron_hyperp.transfer import LearningRate, Preset, Recipe
 
@@ -202,8 +203,12 @@ class OptimizerConfig:
         "what is one matrix on one sphere: the fused QKV and gate/up weights (as in the paper), each of their"
         " components, or each head of QKV",
     )
-    ns_steps: int = knob(5, "Newton-Schulz steps", POSITIVE)
-    ns_coefficients: Literal["quintic", "polar_express"] = knob("quintic", "coefficient set of Newton-Schulz")
+    ns_steps: str | None = knob(
+        None,
+        "Newton-Schulz steps; families of matrices (attention, mlp, experts, router) may have their own, as in"
+        " 5,experts=3 [those that the coefficient set is made for]",
+    )
+    ns_coefficients: SetName = knob("quintic", "coefficient set of Newton-Schulz (docs/newton-schulz.md)")
     ns_form: Literal["auto", "standard", "gram"] = knob(
         "auto", "iterate on X, or on X X^T alone (gram: fp32 or fp16); auto takes what needs fewer FLOPs"
     )
@@ -258,6 +263,11 @@ class OptimizerConfig:
         from megatron_hyperp.optim.rules import rule_class
 
         return rule_class(self.optimizer_rule).on_sphere
+
+    @property
+    def steps(self) -> Steps:
+        """Newton-Schulz steps, read. Raises: UsageError, text that says none."""
+        return Steps.parse(self.ns_steps, self.ns_coefficients)
 
 
 @dataclass(kw_only=True, slots=True)

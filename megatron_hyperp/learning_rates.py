@@ -98,17 +98,21 @@ def _check_absent(config: Config) -> None:
     """Refuse laws of roles that the model does not have; of gains on queries and keys, ``--qk-norm-lr-mult``."""
     options, powers = config.optimizer, parse_exponents(config.optimizer.lr_exponents)
     settings = {
-        "router": (options.router_lr_mult != 1.0, "router_lr_mult", "needs experts; give --num-experts"),
+        "router": (
+            options.router_lr_mult != 1.0,
+            "router_lr_mult",
+            "needs experts; give --num-experts, or leave it out",
+        ),
         "output": (
             options.output_lr_mult is not None,
             "output_lr_mult",
-            "is of an output layer that --no-untie-embeddings-and-output-weights leaves out; leave that out",
+            "is of an output layer that --no-untie-embeddings-and-output-weights leaves out; leave one of them out",
         ),
     }
     for role in settings.keys() & _absent(config):
         given, name, why = settings[role]
         if given or role in powers:
-            asked = flag_name(name) if given else f"--lr-exponents {role}:"
-            raise UsageError(f"{asked} {why}, or leave it out")
+            asked = f"{flag_name(name)} {getattr(options, name):g}" if given else f"--lr-exponents {role}:"
+            raise UsageError(f"{asked} {why}")
     if options.qk_norm_lr_mult != 1.0 and QK_GAINS in _absent(config):
         raise UsageError("--qk-norm-lr-mult is of gains that --no-qk-layernorm leaves out; leave one of them out")

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from megatron_hyperp.config import Config, OptimizerConfig, width_multiplier
+from megatron_hyperp.config import Config, OptimizerConfig
+from megatron_hyperp.learning_rates import lr_multipliers
 from megatron_hyperp.optim.options import HyperPConfig, rule_names
 from megatron_hyperp.optim.routing import Heads, Route, route
 from megatron_hyperp.optim.rules import UpdateRule, rule_class
@@ -38,7 +39,7 @@ def optimizer_options(config: Config, radii: Mapping[str, float] | None = None) 
         optimizer=options.optimizer,
         rule=options.optimizer_rule,
         router_rule=options.router_rule,
-        lr_mults=_lr_mults(config),
+        lr_mults=lr_multipliers(config),
         weight_decay=options.weight_decay or 0.0,
         clip_grad=options.clip_grad,
         momentum=options.muon_momentum,
@@ -57,18 +58,6 @@ def optimizer_options(config: Config, radii: Mapping[str, float] | None = None) 
         output_init_std=config.model.output_init_std,
         radii=radii,
     )
-
-
-def _lr_mults(config: Config) -> dict[str, float]:
-    options, width = config.optimizer, width_multiplier(config)
-    return {
-        "hidden": width,
-        "router": width,
-        "embedding": options.embedding_lr_mult,
-        "output": options.adam_lr_mult,
-        "vector": options.adam_lr_mult,
-        "qk_gain": options.qk_norm_lr_mult,
-    }
 
 
 def heads_of(config: Config) -> Heads:

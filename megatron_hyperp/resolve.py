@@ -40,7 +40,7 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -
         _resolve_duration(config)
         _resolve_scaling(config)
         _resolve_schedule(config)
-        _check_newton_schulz(config)
+        _resolve_newton_schulz(config)
         _check_radius(config)
         learning_rates.check(config)
         precision.check(config)
@@ -471,8 +471,21 @@ def default_wsd_decay(iterations: int, warmup: int) -> int:
     return min(max(1, iterations // 5), iterations - warmup)
 
 
-def _check_newton_schulz(config: Config) -> None:
-    options = config.optimizer
+def _resolve_newton_schulz(config: Config) -> None:
+    options, moe = config.optimizer, config.moe
+    steps = options.steps
+    present = ["attention"]
+    if not moe.num_experts or moe.moe_shared_expert_intermediate_size:
+        present.append("mlp")
+    if moe.num_experts:
+        present += ["experts", "router"]
+    for family, number in steps.by_family.items():
+        if family not in present:
+            raise UsageError(
+                f"--ns-steps {family}={number} is of matrices that this model does not have; it has"
+                f" {', '.join(present)}"
+            )
+    options.ns_steps = steps.text(options.ns_coefficients)
     for flag, value in (("--ns-form", options.ns_form), ("--ns-strategy", options.ns_strategy)):
         if value == "gram" and options.ns_dtype == "bf16":
             raise UsageError(f"{flag} gram loses accuracy with --ns-dtype bf16; give fp16 or fp32, or leave it out")

@@ -30,7 +30,8 @@ from benchmarks.optimizer_step.whole_step import run as run_whole_steps
 from benchmarks.turns import in_turns
 from megatron_hyperp import device
 from megatron_hyperp.errors import UsageError, run_command
-from megatron_hyperp.optim.orthogonalize import BACKENDS, NewtonSchulz, check_backend
+from megatron_hyperp.optim.orthogonalize import NewtonSchulz
+from megatron_hyperp.optim.products import BACKENDS, check_backend
 from megatron_hyperp.optim.tensor_parallel import STRATEGIES, Job, choose, costs, machine, orthogonalize_family
 
 # (count, rows, columns, sharded dimension) of families. "design" is the shape of the claims; the others are layers

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from megatron_hyperp import device
+from megatron_hyperp.coefficients import Steps
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from megatron_hyperp.optim.rules import UpdateRule, rule_class
 from megatron_hyperp.optim.tensor_parallel import AUTO
@@ -53,8 +54,8 @@ class HyperPConfig:
         rule: of hidden matrices, in place of the recipe's: a registered name, ``FILE.py:CLASS`` or a class.
         router_rule: of routers of experts, in place of that of hidden matrices.
         overrides: rules by pattern of the parameter's name (fnmatch), in place of all others; the first that matches.
-        lr_mults: factors on the learning rate by role: "hidden", "router", "output", "embedding", "vector", "qk_gain"
-            (the last on top of "vector", for the gains on queries and keys). 1 where a role is left out.
+        lr_mults: factors on the learning rate by role: "hidden", "router", "output", "embedding", "vector",
+            "qk_norm" (gains on queries and keys, else that of "vector"). 1 where a role is left out.
         weight_decay: lambda, on matrices.
         clip_grad: largest global gradient norm; 0 switches clipping off.
         momentum: mu of Muon.
@@ -62,8 +63,9 @@ class HyperPConfig:
         momentum_dtype: in which Muon's momentum is kept, fp32 or bf16.
         adam_betas: decays of Adam's moments.
         adam_eps: added to the root of the second.
-        ns_steps: Newton-Schulz steps.
-        ns_coefficients: coefficient set, a key of :data:`~megatron_hyperp.optim.orthogonalize.COEFFICIENTS`.
+        ns_steps: Newton-Schulz steps, or text such as "5,experts=3" where families differ; None: as many as the
+            coefficient set is made for.
+        ns_coefficients: coefficient set, a key of :data:`~megatron_hyperp.coefficients.SETS`.
         ns_dtype: "fp32", "bf16", "fp16", or "auto": bf16 under CUDA (fp16 in Gram form), fp32 on CPU.
         ns_form: "standard", "gram" or "auto", see :class:`~megatron_hyperp.optim.orthogonalize.NewtonSchulz`.
         ns_backend: "torch" or "quack".
@@ -88,7 +90,7 @@ class HyperPConfig:
     momentum_dtype: torch.dtype = torch.float32
     adam_betas: tuple[float, float] = (0.9, 0.95)
     adam_eps: float = 1e-8
-    ns_steps: int = 5
+    ns_steps: int | str | None = None
     ns_coefficients: str = "quintic"
     ns_dtype: str = "auto"
     ns_form: str = "auto"
@@ -105,9 +107,9 @@ class HyperPConfig:
         Args:
             family: one of :data:`~megatron_hyperp.parameters.GROUPS`.
         """
-        del family
+        steps = Steps.parse(None if self.ns_steps is None else str(self.ns_steps), self.ns_coefficients)
         return NewtonSchulz(
-            steps=self.ns_steps,
+            steps=steps.of(family),
             coefficients=self.ns_coefficients,
             dtype=device.newton_schulz_dtype(self.ns_dtype, gram=self.asks_for_gram),
             form=self.ns_form,

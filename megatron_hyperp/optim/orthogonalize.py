@@ -7,102 +7,35 @@ polynomial p(s) = a s + b s^3 + c s^5, each step is X <- a X + (b A + c A^2) X, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import itertools
 from dataclasses import dataclass
 
 import torch
 
 from megatron_hyperp import device
-from megatron_hyperp.errors import UsageError
+from megatron_hyperp.coefficients import Coefficients, coefficient_schedule, coefficient_set
 from megatron_hyperp.optim.magnitudes import largest_elements, power_of_two
+from megatron_hyperp.optim.products import QUACK_TILE, check_backend, gram_polynomial, symmetric_product
+from megatron_hyperp.optim.restarts import restarts
 
-Coefficients = tuple[float, float, float]
-
-# One (a, b, c) a step; further steps repeat the last.
-COEFFICIENTS: dict[str, tuple[Coefficients, ...]] = {
-    # Tuned per step for five steps in low precision; HyperP (arXiv 2603.28743) and Emerging-Optimizers use this set.
-    "quintic": (
-        (4.0848, -6.8946, 2.9270),
-        (3.9505, -6.3029, 2.6377),
-        (3.7418, -5.5913, 2.3037),
-        (2.8769, -3.1427, 1.2046),
-        (2.8366, -3.0525, 1.2012),
-    ),
-    # Minimax-optimal per step for singular values in [1e-3, 1] (Polar Express, arXiv 2505.16932).
-    "polar_express": (
-        (8.28721201814563, -23.595886519098837, 17.300387312530933),
-        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-        (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-        (1.8750014808534479, -1.2500016453999487, 0.3750001645474248),
-        (1.875, -1.25, 0.375),
-    ),
-}
-# Polar Express tolerates rounding above 1 when X, and all steps but the last of its set, are shrunk by this factor.
-POLAR_EXPRESS_SAFETY = 1.01
 # In place of the norm of a zero matrix, which stays zero. Matrices are scaled first, so that no other norm is as small.
 SMALLEST_NORM = 1e-30
 # So many matrices of any size, of two bytes or more an element, are whole cache lines of 64 bytes.
 ALIGNED_RUN = 32
 FORMS = ("auto", "standard", "gram")
-# What computes symmetric products: PyTorch, or the optional kernels of Dao-AILab/quack (setup.py's extra "kernels").
-BACKENDS = ("torch", "quack")
-QUACK_PACKAGE = "quack-kernels>=0.6,<0.7"
-# Its kernel computes the squares of this side on and above the diagonal, and needs rows of whole 16 bytes.
-QUACK_TILE = 256
-QUACK_MULTIPLE = 8
-
-
-def coefficient_schedule(name: str, steps: int) -> list[Coefficients]:
-    """Return one (a, b, c) for each of ``steps`` steps.
-
-    Raises:
-        ValueError: an unknown set, or no steps.
-    """
-    if name not in COEFFICIENTS:
-        raise ValueError(f"coefficients is {name!r}; known sets are {', '.join(COEFFICIENTS)}")
-    if steps < 1:
-        raise ValueError(f"steps is {steps}; it must be at least 1")
-    table = COEFFICIENTS[name]
-    schedule = [table[min(step, len(table) - 1)] for step in range(steps)]
-    if name == "polar_express":
-        s = POLAR_EXPRESS_SAFETY
-        schedule = [(a / s, b / s**3, c / s**5) if (a, b, c) != table[-1] else (a, b, c) for a, b, c in schedule]
-    return schedule
+# Set, steps and precision whose restarts are kept as they were in recorded runs, whatever the rule says.
+RECORDED_RESTARTS: dict[tuple[str, int, torch.dtype], tuple[int, ...]] = {("quintic", 5, torch.float32): (3,)}
 
 
 @functools.cache
-def check_backend(backend: str, dtype: torch.dtype) -> None:
-    """See that ``backend`` can compute symmetric products of ``dtype`` on this machine: nothing else ever stands in.
-
-    Raises:
-        ValueError: an unknown backend.
-        UsageError: "quack" without a GPU of Hopper (SM90) or later, without its package, or neither in fp16 nor bf16.
-    """
-    if backend not in BACKENDS:
-        raise ValueError(f"backend is {backend!r}; known are {', '.join(BACKENDS)}")
-    if backend == "quack" and (lack := _quack_lack(dtype)):
-        raise UsageError(f"backend 'quack' {lack}, or take backend 'torch'")
-
-
-def _quack_lack(dtype: torch.dtype) -> str | None:
-    """What quack lacks here to compute in ``dtype``, and how to mend it; None if nothing."""
-    capability = device.compute_capability()
-    if capability is None:
-        return "needs a CUDA device, and there is none here; run where there is one"
-    if capability < (9, 0):
-        found = ".".join(map(str, capability))
-        return f"needs compute capability 9.0 (H100) or more, this GPU has {found}; run on a newer one"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"computes in fp16 or bf16, dtype is {dtype}; give one of those"
-    try:
-        from quack.gemm_interface import gemm_symmetric  # type: ignore # noqa: F401
-    except ImportError as error:
-        reason = str(error).partition("\n")[0]
-        return f"needs the package quack-kernels ({reason}); pip install '{QUACK_PACKAGE}'"
-    return None
+def _segments(coefficients: str, steps: int, dtype: torch.dtype) -> tuple[tuple[Coefficients, ...], ...]:
+    """The schedule, cut where the Gram form restarts from X."""
+    schedule = coefficient_schedule(coefficients, steps)
+    cuts = RECORDED_RESTARTS.get((coefficients, steps, dtype))
+    if cuts is None:
+        cuts = restarts(schedule, torch.finfo(dtype).eps / 2, coefficient_set(coefficients).margin)
+    edges = [0, *cuts, steps]
+    return tuple(schedule[first:last] for first, last in itertools.pairwise(edges))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,10 +47,10 @@ class NewtonSchulz:
 
     Attributes:
         steps: Newton-Schulz steps.
-        coefficients: a key of :data:`COEFFICIENTS`.
+        coefficients: a key of :data:`~megatron_hyperp.coefficients.SETS`.
         dtype: precision of the iteration.
-        form: "standard", "gram", or "auto" for the one with fewer FLOPs. The Gram form restarts once from X to keep its
-            rounding small; in bf16 that is not enough: it is refused, and auto stays standard.
+        form: "standard", "gram", or "auto" for the one with fewer FLOPs. The Gram form restarts from X where its error
+            would be too large; in bf16 that is not enough: it is refused, and auto stays standard.
         backend: what computes symmetric products: "torch", or "quack", whose kernel computes half of each and mirrors
             it. The long products with X, which are not symmetric, are PyTorch's in either case.
 
@@ -141,16 +74,13 @@ class NewtonSchulz:
         check_backend(self.backend, self.dtype)
 
     @property
-    def segments(self) -> list[list[Coefficients]]:
-        """The schedule, cut where the Gram form restarts from X: after two steps in half precision, else after three.
+    def segments(self) -> tuple[tuple[Coefficients, ...], ...]:
+        """The schedule, cut where the Gram form restarts from X; see :mod:`megatron_hyperp.optim.restarts`.
 
         X X^T squares the spread of the singular values, and with it the rounding of the small ones. Without a restart
-        the error in fp32 is a hundredfold once the spread reaches 100, as that of momenta does; with one it stays
-        within a factor of ten of the standard form's (tests/unit/test_optimizers.py).
+        the error of five quintic steps is a hundredfold once the spread reaches 100, as that of momenta does.
         """
-        schedule = coefficient_schedule(self.coefficients, self.steps)
-        cut = 2 if self.dtype in (torch.float16, torch.bfloat16) else 3
-        return [segment for segment in (schedule[:cut], schedule[cut:]) if segment]
+        return _segments(self.coefficients, self.steps, self.dtype)
 
     def flops(self, rows: int, columns: int, form: str) -> int:
         """FLOPs of one matrix in "standard" or "gram" form, a multiply and an add counted as two.
@@ -160,13 +90,20 @@ class NewtonSchulz:
         """
         n, m = sorted((rows, columns))
         if form == "standard":
-            return round(self.steps * (self._symmetric_flops(n, m) + self._symmetric_flops(n, n) + 2 * n * n * m))
+            schedule = coefficient_schedule(self.coefficients, self.steps)
+            squares = sum(c != 0 for _, _, c in schedule) * self._symmetric_flops(n, n)
+            return round(self.steps * (self._symmetric_flops(n, m) + 2 * n * n * m) + squares)
         long_products = len(self.segments) * (self._symmetric_flops(n, m) + 2 * n * n * m)
         return round(long_products) + self.polynomial_flops(n)
 
     def polynomial_flops(self, n: int) -> int:
-        """FLOPs of the Gram form on [n, n] matrices alone: per step R^2, Q Z, R Z and Z R Z, less what comes free."""
-        return round(sum((4 * len(segment) - 3) * self._symmetric_flops(n, n) for segment in self.segments))
+        """FLOPs of the Gram form on [n, n] matrices alone: per step R^2, Q Z, R Z and Z R Z, less what comes free.
+
+        Free are R^2 in a cubic step, Q Z in the first step of a segment, and the next R in its last.
+        """
+        squares = sum(c != 0 for segment in self.segments for _, _, c in segment)
+        products = squares + sum(3 * (len(segment) - 1) for segment in self.segments)
+        return round(products * self._symmetric_flops(n, n))
 
     def _symmetric_flops(self, n: int, k: int) -> float:
         """FLOPs of a symmetric product of [n, k] with [k, n] on this device: blocks below the diagonal come free."""
@@ -227,11 +164,14 @@ class NewtonSchulz:
     @property
     def norm_margin(self) -> float:
         """Factor by which the norm before the first step stays below 1."""
-        return POLAR_EXPRESS_SAFETY if self.coefficients == "polar_express" else 1.0
+        return coefficient_set(self.coefficients).margin
 
     def _standard(self, x: torch.Tensor) -> torch.Tensor:
         for a, b, c in coefficient_schedule(self.coefficients, self.steps):
             gram = symmetric_product(x, x.mT, backend=self.backend)
+            if c == 0:
+                x = torch.baddbmm(x, gram, x, beta=a, alpha=b)
+                continue
             polynomial = symmetric_product(gram, gram, gram, beta=b, alpha=c, backend=self.backend)
             x = torch.baddbmm(x, polynomial, x, beta=a)
         return x
@@ -260,100 +200,6 @@ def _chunks(count: int, size: int) -> list[tuple[int, int]]:
     return list(zip(lows, [*lows[1:], count], strict=True))
 
 
-def symmetric_product(
-    left: torch.Tensor,
-    right: torch.Tensor,
-    add: torch.Tensor | None = None,
-    *,
-    beta: float = 1.0,
-    alpha: float = 1.0,
-    backend: str = "torch",
-) -> torch.Tensor:
-    """Return left right, or alpha left right + beta add, [batch, n, n], which must be symmetric.
-
-    Where the device gains from it, or the backend does it, blocks below the diagonal are mirrored, not computed.
-
-    Args:
-        left: [batch, n, k].
-        right: [batch, k, n].
-        add: [batch, n, n], or None for no sum.
-        beta: factor of ``add``.
-        alpha: factor of the product.
-        backend: one of :data:`BACKENDS`.
-
-    Raises:
-        ValueError: an unknown backend, one that cannot run here, or sizes that it does not take.
-    """
-    if backend != "torch":
-        check_backend(backend, left.dtype)
-        return _quack_product(left, right, add, beta=beta, alpha=alpha)
-    size = left.shape[1]
-    blocks = device.symmetric_blocks(size)
-    if blocks == 1:
-        if add is None:
-            return left @ right
-        return torch.baddbmm(add, left, right, beta=beta, alpha=alpha)
-    result = left.new_empty((len(left), size, size))
-    height = -(-size // blocks)
-    for low in range(0, size, height):
-        high = min(low + height, size)
-        rows, columns = left[:, low:high], right[:, :, low:]
-        if add is None:
-            result[:, low:high, low:] = torch.bmm(rows, columns)
-        else:
-            result[:, low:high, low:] = torch.baddbmm(add[:, low:high, low:], rows, columns, beta=beta, alpha=alpha)
-        result[:, high:, low:high] = result[:, low:high, high:].mT
-    return result
-
-
-def _quack_product(
-    left: torch.Tensor, right: torch.Tensor, add: torch.Tensor | None, *, beta: float, alpha: float
-) -> torch.Tensor:
-    """:func:`symmetric_product` by quack, on SM90 and later, in fp16 or bf16, accumulated in fp32.
-
-    Written against ``quack.gemm_interface.gemm_symmetric(A, B, C=None, ..., alpha=1.0, beta=1.0)`` of quack-kernels
-    0.6.0 to 0.6.5: A [batch, n, k], B [batch, k, n] and C [batch, n, n], each with rows or columns contiguous, give a
-    new alpha A B + beta C. The first call for a dtype and layout compiles the kernel.
-    """
-    from quack.gemm_interface import gemm_symmetric
-
-    if left.shape[1] % QUACK_MULTIPLE or left.shape[2] % QUACK_MULTIPLE:
-        raise UsageError(
-            f"backend 'quack' takes sizes that are multiples of {QUACK_MULTIPLE}, got the shape {tuple(left.shape)};"
-            " take backend 'torch'"
-        )
-    if add is None:
-        return gemm_symmetric(left, right)
-    # It tells constants from tensors by isinstance(_, float): an integer would be taken for a tensor.
-    return gemm_symmetric(left, right, C=add, alpha=float(alpha), beta=float(beta))
-
-
-def gram_polynomial(gram: torch.Tensor, segment: Sequence[Coefficients], *, backend: str = "torch") -> torch.Tensor:
-    """Return Q with Q X = the result of the steps in ``segment`` on X, from R = X X^T alone.
-
-    Per step, Z = b R + c R^2; Q <- (Z + a) Q; R <- (Z + a) R (Z + a). All are polynomials in R and commute.
-
-    Args:
-        gram: R, [batch, n, n].
-        segment: one (a, b, c) a step.
-        backend: what computes the products, one of :data:`BACKENDS`.
-    """
-    multiply = functools.partial(symmetric_product, backend=backend)
-    product: torch.Tensor | None = None
-    for step, (a, b, c) in enumerate(segment):
-        z = multiply(gram, gram, gram, beta=b, alpha=c)
-        if product is None:
-            product = z.clone()
-            product.diagonal(dim1=1, dim2=2).add_(a)
-        else:
-            product = multiply(product, z, product, beta=a)
-        if step < len(segment) - 1:
-            shifted = multiply(gram, z, gram, beta=a)
-            gram = multiply(z, shifted, shifted, beta=a)
-    assert product is not None
-    return product
-
-
 def newton_schulz(
     x: torch.Tensor,
     *,
@@ -368,7 +214,7 @@ def newton_schulz(
     Args:
         x: [m, n] or [batch, m, n]; a zero matrix stays zero.
         steps: Newton-Schulz steps.
-        coefficients: a key of :data:`COEFFICIENTS`.
+        coefficients: a key of :data:`~megatron_hyperp.coefficients.SETS`.
         dtype: precision of the iteration; the normalization before it is in fp32 (fp64 for fp64 input).
         form: "standard", "gram" or "auto".
         backend: "torch" or "quack".

@@ -128,7 +128,7 @@ def route(
             radius = _radius(name, role, shape, options) if rule.on_sphere else None
             mult = options.lr_mults.get(role, 1.0)
             if name.endswith(_QK_GAINS):
-                mult *= options.lr_mults.get("qk_gain", 1.0)
+                mult = options.lr_mults.get("qk_norm", mult)
             decays = role in MATRIX_ROLES
             routes.append(Route(name + part, parameter, block, role, rule, shape, dim, radius, mult, decays))
     return routes

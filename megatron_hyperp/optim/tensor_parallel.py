@@ -23,7 +23,8 @@ from torch.nn.functional import pad
 
 from megatron_hyperp import device
 from megatron_hyperp.optim.magnitudes import largest_elements, power_of_two
-from megatron_hyperp.optim.orthogonalize import SMALLEST_NORM, NewtonSchulz, gram_polynomial, symmetric_product
+from megatron_hyperp.optim.orthogonalize import SMALLEST_NORM, NewtonSchulz
+from megatron_hyperp.optim.products import gram_polynomial, symmetric_product
 from megatron_hyperp.parameters import REPLICATED
 from megatron_hyperp.text import aligned
 
@@ -48,7 +49,7 @@ def orthogonalize_sharded(
         partition_dim: the dimension that is split, 0 or 1; -1 if every rank holds whole matrices.
         strategy: a key of :data:`STRATEGIES`, or "auto" for the cheapest by :func:`choose`.
         ns_steps: Newton-Schulz steps.
-        coefficients: "quintic" or "polar_express".
+        coefficients: a key of :data:`~megatron_hyperp.coefficients.SETS`.
         dtype: precision of Newton-Schulz.
 
     Returns:

@@ -7,7 +7,8 @@ import torch
 
 from megatron_hyperp import device
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.optim.orthogonalize import NewtonSchulz, check_backend, gram_polynomial, symmetric_product
+from megatron_hyperp.optim.orthogonalize import NewtonSchulz
+from megatron_hyperp.optim.products import check_backend, gram_polynomial, symmetric_product
 
 # Errors are judged against those of PyTorch: both accumulate in fp32 and round once, so they are of one size.
 FACTOR = 2.0

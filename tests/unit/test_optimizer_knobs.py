@@ -11,7 +11,7 @@ import pytest
 from megatron_hyperp import arguments, device
 from megatron_hyperp.config import Config
 from megatron_hyperp.errors import EXIT_USAGE, UsageError
-from megatron_hyperp.optim.orthogonalize import check_backend
+from megatron_hyperp.optim.products import check_backend
 from megatron_hyperp.training import compatibility, preflight
 from megatron_hyperp.training.logging import CONFIG_FILE
 from tests.commands import run_here

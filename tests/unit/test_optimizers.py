@@ -262,8 +262,8 @@ def test_a_zero_matrix_stays_zero_beside_others() -> None:
 
 
 def test_schedules() -> None:
-    assert coefficient_schedule("quintic", 3) == QUINTIC[:3]
-    assert coefficient_schedule("quintic", 7) == [*QUINTIC, QUINTIC[-1], QUINTIC[-1]]
+    assert coefficient_schedule("quintic", 3) == tuple(QUINTIC[:3])
+    assert coefficient_schedule("quintic", 7) == (*QUINTIC, QUINTIC[-1], QUINTIC[-1])
     polar = coefficient_schedule("polar_express", 9)
     assert polar[0][0] == pytest.approx(8.28721201814563 / 1.01)
     assert polar[-1] == polar[-2] == (1.875, -1.25, 0.375)

@@ -17,14 +17,8 @@ import torch
 from benchmarks.optimizer_step import run as benchmark
 from megatron_hyperp import device
 from megatron_hyperp.errors import UsageError
-from megatron_hyperp.optim.orthogonalize import (
-    QUACK_PACKAGE,
-    NewtonSchulz,
-    check_backend,
-    gram_polynomial,
-    newton_schulz,
-    symmetric_product,
-)
+from megatron_hyperp.optim.orthogonalize import NewtonSchulz, newton_schulz
+from megatron_hyperp.optim.products import QUACK_PACKAGE, check_backend, gram_polynomial, symmetric_product
 from tests.commands import run_here
 
 ROOT = Path(__file__).parents[2]
@@ -174,7 +168,7 @@ def test_integer_factors_reach_the_kernel_as_floats(kernel: Kernel) -> None:
 
 
 def test_flops_count_the_upper_triangle_of_tiles(kernel: Kernel) -> None:
-    ns, n, m = NewtonSchulz(backend="quack"), 1024, 2048
+    ns, n, m = NewtonSchulz(dtype=torch.float16, backend="quack"), 1024, 2048
     # Four tiles a side: 10 of 16 are computed.
     assert ns.flops(n, m, "standard") == 5 * round(2 * n * n * (m + n) * 10 / 16 + 2 * n * n * m)
     assert ns.polynomial_flops(n) == round(14 * 2 * n**3 * 10 / 16)

@@ -166,7 +166,7 @@ def test_routed_experts_alone_are_marked(expert_tensor_parallel_size: int) -> No
 @pytest.mark.parametrize("optimizer", RECIPES)
 def test_routes(optimizer: str) -> None:
     pairs = [(name, parameter(*shape)) for name, (_, shape) in NAMES.items()]
-    mults = {"hidden": 0.5, "router": 0.25, "embedding": 3.0, "output": 0.1, "vector": 0.1, "qk_gain": 0.5}
+    mults = {"hidden": 0.5, "router": 0.25, "embedding": 3.0, "output": 0.1, "vector": 0.1, "qk_norm": 0.05}
     options = HyperPConfig(lr=1.0, optimizer=optimizer, radius_scale=2.0, lr_mults=mults)
     routes = route(pairs, options, tensor_parallel_size=1)
     assert [entry.name for entry in routes] == list(NAMES)

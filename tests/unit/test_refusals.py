@@ -258,12 +258,14 @@ REFUSALS = [
     ),
     Refusal(f"{SMALL} --no-qk-layernorm --qk-norm-lr-mult 0", "--qk-norm-lr-mult is of gains that", "leave one"),
     # Learning rates of roles
-    Refusal(f"{SMALL} --router-lr-mult 0.5", "--router-lr-mult needs experts", "give --num-experts, or leave it out$"),
+    Refusal(
+        f"{SMALL} --router-lr-mult 0.5", "--router-lr-mult 0.5 needs experts", "give --num-experts, or leave it out$"
+    ),
     Refusal(f"{SMALL} --lr-exponents router:width=-1", "--lr-exponents router: needs experts", "leave it out$"),
     Refusal(
         f"{SMALL} --no-untie-embeddings-and-output-weights --output-lr-mult 1",
-        "--output-lr-mult is of an output layer that --no-untie-embeddings-and-output-weights leaves out",
-        "leave that out, or leave it out$",
+        "--output-lr-mult 1 is of an output layer that --no-untie-embeddings-and-output-weights leaves out",
+        "leave one of them out$",
     ),
     Refusal(f"{SMALL} --embedding-lr-mult=-1", "--embedding-lr-mult is -1", "at least 0"),
     Refusal(f"{SMALL} --lr-exponents width=1", "--lr-exponents width=1", "give ROLE:AXIS=EXPONENT.*roles are hidden,"),
@@ -429,6 +431,11 @@ REFUSALS = [
     Refusal(f"{SMALL} --eta0 1e308 --base-tokens 1e12", "learning rate .* inf", "give --lr, or look"),
     Refusal(f"{SMALL} --ns-form gram --ns-dtype bf16", "--ns-form gram .*bf16", "give fp16 or fp32"),
     Refusal(f"{SMALL} --ns-strategy gram --ns-form standard", "--ns-strategy gram .*standard", "leave one out"),
+    Refusal(
+        f"{SMALL} --ns-steps experts=3",
+        "--ns-steps experts=3 is of matrices that this model does not have",
+        "it has attention, mlp$",
+    ),
     Refusal(f"{SMALL} --ns-strategy gram --ns-dtype bf16", "--ns-strategy gram .*bf16", "give fp16 or fp32"),
     Refusal(f"{SMALL} --lr-warmup-iters 20", "--lr-warmup-iters 20 .*20 iterations", "give 19 at most"),
     Refusal(
