@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_hyperp.optim import AdamH, MuonH, fading
-from megatron_hyperp.optim.sphere import SphereOptimizer, move_of
+from megatron_hyperp.optim.sphere import SphereOptimizer, inner_products, move_of, step_
 
 MU = 0.95
 # Small, so that a matrix hardly turns towards the direction in which it goes on, and steps are as long as their angles.
@@ -218,3 +218,32 @@ def test_a_parameter_without_a_gradient_is_neither_counted_nor_moved() -> None:
 def test_an_unknown_choice_is_refused() -> None:
     with pytest.raises(ValueError, match=re.escape("zero_gradients is 'stop'; it must be 'fade' or 'walk'")):
         muonh([matrix()], zero_gradients="stop")
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_parts_of_a_matrix_decide_and_move_as_the_whole_does(dim: int) -> None:
+    """The second matrix has a gradient in one part alone, the third nowhere."""
+    gradients, weights = random(3, 8, 12, seed=1), random(3, 8, 12, seed=2)
+    gradients[1].narrow(dim - 1, 0, 6 if dim == 1 else 9).zero_()
+    gradients[2].zero_()
+    directions, radii = random(3, 8, 12, seed=3), torch.ones(3, dtype=torch.float64)
+    products = inner_products(weights, directions)
+
+    def step(part: slice | None, received: torch.Tensor) -> torch.Tensor:
+        """Take a step; return the weights, and what is counted in a last column."""
+        of = (lambda x: x) if part is None else (lambda x: x[:, part] if dim == 1 else x[:, :, part])
+        moved, idle = of(weights).clone(), torch.full((3, of(weights).shape[1], 1), 4.0)
+        shares = fading.shares(fading.count_idle_(idle, received), MU)
+        step_(moved, of(directions), products, radii=radii, lr=0.1, shares=shares)
+        return torch.cat([moved, idle], dim=2)
+
+    whole = step(None, fading.received(gradients))
+    assert whole[:, 0, -1].tolist() == [0, 0, 5]
+    cuts = [slice(0, 4), slice(4, 8)] if dim == 1 else [slice(0, 6), slice(6, 12)]
+    views = [gradients[:, cut] if dim == 1 else gradients[:, :, cut] for cut in cuts]
+    summed = torch.stack([fading.received(view) for view in views]).sum(dim=0)
+    assert summed.tolist() == [2, 1, 0]
+    parts = [step(cut, summed) for cut in cuts]
+    assert torch.equal(torch.cat([part[..., :-1] for part in parts], dim), whole[..., :-1])
+    for part in parts:
+        assert torch.equal(part[:, 0, -1], whole[:, 0, -1])
