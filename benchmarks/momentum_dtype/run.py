@@ -153,8 +153,7 @@ def table_of_spectra() -> Iterable[list[str]]:
 
 
 def losses(model: str, folder: Path, prefix: str, iterations: int, dtypes: Sequence[str], seeds: int) -> None:
-    """Print the held-out loss of runs that differ in --momentum-dtype and seed alone."""
-    table = [["--momentum-dtype", *(f"seed {seed}" for seed in range(seeds)), "mean"]]
+    """Print held-out losses of runs that differ in --momentum-dtype and seed alone, a line for each dtype."""
     for dtype in dtypes:
         found = []
         for seed in range(seeds):
@@ -163,8 +162,8 @@ def losses(model: str, folder: Path, prefix: str, iterations: int, dtypes: Seque
             trainer.train()
             found.append(float(trainer.evaluate()))
             _close(trainer)
-        table.append([dtype, *(f"{loss:.4f}" for loss in found), f"{statistics.mean(found):.4f}"])
-    print(*aligned(table), sep="\n", flush=True)
+        cells = [dtype, *(f"{loss:.4f}" for loss in found), f"mean {statistics.mean(found):.4f}"]
+        print("  ".join(cells), flush=True)
 
 
 def main(argv: list[str]) -> None:
