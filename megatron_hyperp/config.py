@@ -223,6 +223,11 @@ class OptimizerConfig:
         "what computes Newton-Schulz's symmetric products: torch, or quack's kernels (Hopper or later, fp16 or bf16,"
         " pip install megatron-hyperp[kernels])",
     )
+    zero_gradients: Literal["fade", "walk"] = knob(
+        "fade",
+        "what a matrix on its sphere does while its gradient is exactly zero, such as an expert without tokens: its"
+        " step fades as its momentum does, 20 steps' worth in all; or it walks on at full step along its last momentum",
+    )
     radius_scale: float = knob(1.0, "factor on the radii of all MuonH matrices", POSITIVE)
     radius: Literal["stateless", "from-weights"] = knob(
         "stateless",

@@ -54,6 +54,7 @@ def optimizer_options(config: Config, radii: Mapping[str, float] | None = None) 
         ns_backend=options.ns_backend,
         ns_strategy=options.ns_strategy,
         matrix_split=options.matrix_split,
+        zero_gradients=options.zero_gradients,
         radius_scale=options.radius_scale,
         output_init_std=config.model.output_init_std,
         radii=radii,

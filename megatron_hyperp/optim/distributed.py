@@ -19,7 +19,7 @@ from megatron.core.optimizer.optimizer import MegatronOptimizer
 
 from megatron_hyperp import device
 from megatron_hyperp.megatron_compat.tensors import multiply_all_
-from megatron_hyperp.optim import sphere
+from megatron_hyperp.optim import fading, sphere
 from megatron_hyperp.optim.checkpoint import sharded_state, sharded_weights
 from megatron_hyperp.optim.data_parallel import Exchange
 from megatron_hyperp.optim.domains import Domain
@@ -37,6 +37,16 @@ from megatron_hyperp.parameters import DISTINCT
 LARGEST_NORM = 1e19
 # Below this, elements of a gradient's squared norm may have been denormal.
 SMALLEST_SQUARED_NORM = 1e-20
+
+
+# Whether a checkpoint has the counts of steps without a gradient; those of earlier versions do not.
+COUNTS_IDLE_STEPS = "counts_idle_steps"
+
+
+def without_idle_steps(state: ShardedStateDict) -> None:
+    """Leave the counts of steps without a gradient out of a sharded state of the optimizer, in place."""
+    for entries in state["state"]:
+        entries.pop(fading.IDLE_STEPS, None)
 
 
 class HyperPOptimizer(MegatronOptimizer):
@@ -167,24 +177,31 @@ class HyperPOptimizer(MegatronOptimizer):
                 multiply_all_(gradients, factor)
         # The state has taken in the gradients, whether or not the weights are moved.
         self.steps_taken += 1
+        # Before rules overwrite them.
+        received = [fading.received(g) for f, g in zip(self.families, gradients, strict=True) if f.rule.on_sphere]
         directions = [
             self._direction(family, gradient) for family, gradient in zip(self.families, gradients, strict=True)
         ]
         on_sphere = [(f, d) for f, d in zip(self.families, directions, strict=True) if f.rule.on_sphere]
         # Each rank scales its part of U as it needs to; sums over the parts are of U itself.
         powers = [sphere.powers_of(rescale_(direction)) for _, direction in on_sphere]
-        local = [sphere.inner_products(f.master, d) / each for (f, d), each in zip(on_sphere, powers, strict=True)]
-        products = self._sum_over_parts(local, width=3)
+        local = [
+            torch.cat([sphere.inner_products(family.master, direction) / each, nonzero[:, None]], dim=1)
+            for (family, direction), each, nonzero in zip(on_sphere, powers, received, strict=True)
+        ]
+        sums = self._sum_over_parts(local, width=4)
+        products, received = [each[:, :3] for each in sums], [each[:, 3] for each in sums]
         off_sphere = [d for f, d in zip(self.families, directions, strict=True) if not f.rule.on_sphere]
         if any_on_a_rank([~values.sum().isfinite() for values in (*products, *off_sphere)]):
             self._skip(UPDATE, directions, norm)
             return False, norm, None
-        for (family, direction), product, each in zip(on_sphere, products, powers, strict=True):
-            lr, decay = family.group["lr"], family.group["weight_decay"]
+        shares = self._shares_of_steps(received)
+        for (family, direction), product, each, share in zip(on_sphere, products, powers, shares, strict=True):
+            lr, decay, radii = family.group["lr"], family.group["weight_decay"], family.radii
             if self.observer is not None:
-                move = sphere.move_of(product, radii=family.radii, lr=lr)
+                move = sphere.move_of(product, radii=radii, lr=lr, shares=share)
                 self.observer.angles(family, turned(product, shrink=1.0 - lr * decay, move=move))
-            sphere.step_(family.master, direction, product * each, radii=family.radii, lr=lr, weight_decay=decay)
+            sphere.step_(family.master, direction, product * each, radii=radii, lr=lr, weight_decay=decay, shares=share)
         if self.observer is not None:
             self._observe_off_sphere(self.observer, directions)
         for family, direction in zip(self.families, directions, strict=True):
@@ -196,6 +213,47 @@ class HyperPOptimizer(MegatronOptimizer):
                 self.observer.drifts(family, sphere.relative_drift(family.master, family.radii, squares))
         self._update_model()
         return True, norm, None
+
+    def _shares_of_steps(self, received: Sequence[torch.Tensor]) -> list[torch.Tensor | None]:
+        """Count steps without a gradient; return the share of a step that each matrix on its sphere takes.
+
+        Args:
+            received: of each family on the sphere, [count], 0 where the gradient of the whole matrix is zero.
+
+        Returns:
+            For each family [count] float64, or None where all take full steps.
+        """
+        result: list[torch.Tensor | None] = []
+        fades = []
+        for family, nonzero in zip(self._on_sphere(), received, strict=True):
+            fading_with = family.rule.fading()
+            if fading_with is None:
+                result.append(None)
+                continue
+            name, decay = fading_with
+            share = fading.shares(fading.count_idle_(family.state[fading.IDLE_STEPS], nonzero), decay)
+            fades.append((family.state[name], share))
+            result.append(share)
+        # A momentum at rest is cleared before its elements are denormal; most runs have none.
+        if fades and bool(torch.stack([share.min() == 0 for _, share in fades]).any()):
+            for momentum, share in fades:
+                momentum.mul_((share > 0).to(momentum.dtype)[:, None, None])
+        return result
+
+    @torch.no_grad()
+    def idle_matrices(self) -> int:
+        """Return how many matrices had a gradient of exactly zero in the last step; a collective call.
+
+        Counted are those whose steps fade.
+        """
+        total = torch.zeros((), dtype=torch.float64, device=device.device())
+        for family in self._on_sphere():
+            if fading.IDLE_STEPS in family.state and family.counts:
+                idle = family.state[fading.IDLE_STEPS][:, 0, 0] > 0
+                # Each rank counts the share of a matrix that it holds.
+                total += idle.sum() * family.master[0].numel() / math.prod(family.routes[0].shape)
+        dist.all_reduce(total, group=self.get_grad_stats_parallel_group())
+        return round(float(total))
 
     def _skip(self, kind: int, suspects: Sequence[torch.Tensor], norm: float) -> None:
         """Leave a step out, and note why; a collective call."""
@@ -311,7 +369,13 @@ class HyperPOptimizer(MegatronOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters; tensors travel in :meth:`sharded_state_dict`."""
-        return {"steps_taken": self.steps_taken, "steps_skipped": self.steps_skipped}
+        routes = [entry for domain in self.domains for entry in domain.routes]
+        counts_idle = any(fading.IDLE_STEPS in rule.entries() for rule in {entry.rule for entry in routes})
+        return {
+            "steps_taken": self.steps_taken,
+            "steps_skipped": self.steps_skipped,
+            COUNTS_IDLE_STEPS: counts_idle,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -320,6 +384,10 @@ class HyperPOptimizer(MegatronOptimizer):
         self.steps_skipped = state_dict["steps_skipped"]
         for number, family in enumerate(self.families):
             for name, stacked in family.tensors().items():
+                if name == fading.IDLE_STEPS and name not in state_dict["state"][number]:
+                    # Of an earlier version, or of a run whose steps did not fade.
+                    stacked.zero_()
+                    continue
                 for index, target in enumerate(stacked):
                     parts = state_dict["state"][number][name][index]
                     target.copy_(torch.cat([part.reshape(-1, target.shape[1]) for part in parts]))
@@ -348,7 +416,7 @@ class HyperPOptimizer(MegatronOptimizer):
         weights = sharded_weights(model_sharded_state_dict, parameters)
 
         def entries(family: Family, name: str, stacked: torch.Tensor) -> list[list[ShardedTensor]]:
-            by_row = name in family.state and family.rule.state_entries()[name].shape == "rows"
+            by_row = name in family.state and family.rule.entries()[name].shape == "rows"
             return [
                 sharded_state(weights[entry.parameter], block, tensor, name, by_row=by_row)
                 for entry, block, tensor in zip(family.routes, family.blocks, stacked, strict=True)

@@ -149,7 +149,7 @@ def _family(domain: Domain, pieces: list[Piece], places: dict[int, int]) -> Fami
     # State is created here and now: made at the first step it could differ between ranks and hang a checkpoint.
     state = {
         name: torch.zeros((len(pieces), *entry.of(*blocks[0].shape)), dtype=entry.dtype, device=home)
-        for name, entry in first.rule.state_entries().items()
+        for name, entry in first.rule.entries().items()
     }
     radii = [entry.radius for entry in routes if entry.radius is not None]
     share_group = domain.tensor if team_dim is None else domain.team

@@ -71,6 +71,8 @@ class HyperPConfig:
         ns_backend: "torch" or "quack".
         ns_strategy: how ranks share Newton-Schulz: "gather", "all_to_all", "gram" or "auto".
         matrix_split: what is one matrix: "fused" QKV and gate/up weights, each "component" of them, or each "head".
+        zero_gradients: what a matrix on its sphere does while its gradient is exactly zero: "fade", its step fades as
+            its momentum does; "walk", it moves on at full step along its last momentum, as other implementations do.
         radius_scale: factor on the radii of hidden matrices, sqrt(d_out/3) (arXiv 2603.28743).
         output_init_std: standard deviation of the output layer's initial weights, which fixes its radius.
         radii: of spheres that do not follow from shapes, by the parameter's name.
@@ -97,6 +99,7 @@ class HyperPConfig:
     ns_backend: str = "torch"
     ns_strategy: str = AUTO
     matrix_split: Literal["fused", "component", "head"] = "fused"
+    zero_gradients: Literal["fade", "walk"] = "fade"
     radius_scale: float = 1.0
     output_init_std: float = 0.02
     radii: Mapping[str, float] | None = None

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_hyperp.optim import fading
 from megatron_hyperp.optim.magnitudes import rescale_
 from megatron_hyperp.optim.rules.base import Part, StateEntry, UpdateRule
 
@@ -63,10 +64,13 @@ def powers_of(factors: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.ones_like(factors), factors, factors.square()], dim=1)
 
 
-def move_of(products: torch.Tensor, *, radii: torch.Tensor, lr: float) -> torch.Tensor:
+def move_of(
+    products: torch.Tensor, *, radii: torch.Tensor, lr: float, shares: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return lr R / ||U||, the factor on U that makes the step a fraction of the radius, [count]; as :func:`step_`."""
     norms = products[:, 2].sqrt()
-    return torch.where(norms == 0, 0.0, lr * radii / norms)
+    moves = torch.where(norms == 0, 0.0, lr * radii / norms)
+    return moves if shares is None else moves * shares
 
 
 def step_(
@@ -77,6 +81,7 @@ def step_(
     radii: torch.Tensor,
     lr: float,
     weight_decay: float = 0.0,
+    shares: torch.Tensor | None = None,
 ) -> None:
     """Move each matrix by the fraction ``lr`` of its radius against its direction, and back onto its sphere; in place.
 
@@ -91,10 +96,11 @@ def step_(
         radii: [count] float64.
         lr: the fraction eta.
         weight_decay: lambda; radial, so without effect on the direction to first order in lr.
+        shares: [count] float64, factors on lr (:func:`megatron_hyperp.optim.fading.shares`); None: all 1.
     """
     ww, wu, uu = products.unbind(dim=1)
     shrink = 1.0 - lr * weight_decay
-    move = move_of(products, radii=radii, lr=lr)
+    move = move_of(products, radii=radii, lr=lr, shares=shares)
     moved = (shrink * shrink * ww - 2.0 * shrink * move * wu + move * move * uu).clamp_min(0.0).sqrt()
     retract = radii / moved.clamp_min(SMALLEST_NORM)
     weights.mul_(_column(retract * shrink, weights)).sub_(directions * _column(retract * move, weights))
@@ -123,8 +129,13 @@ class SphereOptimizer(torch.optim.Optimizer):
         defaults: the group defaults, among them ``lr`` and ``weight_decay``.
         radius: "stateless" (:meth:`stateless_radius`), "from-weights" (each norm at construction) or a number.
 
+    What a matrix does while its gradient is exactly zero is ``zero_gradients`` of the defaults or of a group: "fade",
+    the default: its step fades as its momentum does (:mod:`~megatron_hyperp.optim.fading`); or "walk": it moves on at
+    full step in the direction of its last momentum, for comparison with implementations that do so.
+
     Raises:
-        ValueError: a parameter is not 2-D, or a hyperparameter is out of range; the message has the value.
+        ValueError: a parameter is not 2-D, a hyperparameter is out of range, or a radius "from-weights" is of a matrix
+            of zeros; the message has the value.
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any], radius: str | float) -> None:
@@ -134,10 +145,11 @@ class SphereOptimizer(torch.optim.Optimizer):
             raise ValueError(f"weight_decay is {defaults['weight_decay']}; it must not be negative")
         if radius not in ("stateless", "from-weights") and not (isinstance(radius, (int, float)) and radius > 0):
             raise ValueError(f'radius is {radius!r}; it must be "stateless", "from-weights" or a positive number')
-        super().__init__(params, {**defaults, "radius": radius})
+        super().__init__(params, {"zero_gradients": "fade", **defaults, "radius": radius})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; radii "from-weights" are read now and kept in it, so a state dict carries them."""
+        fading.check_zero_gradients(param_group.get("zero_gradients", self.defaults["zero_gradients"]))
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         for parameter in group["params"]:
@@ -149,7 +161,10 @@ class SphereOptimizer(torch.optim.Optimizer):
         if group["radius"] == "stateless":
             return self.stateless_radius(parameter, group)
         if group["radius"] == "from-weights":
-            return float(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float64))
+            norm = float(torch.linalg.vector_norm(parameter.detach(), dtype=torch.float64))
+            if not 0 < norm < math.inf:
+                raise ValueError(f'radius is "from-weights", but the norm of a matrix is {norm}; give a number')
+            return norm
         return float(group["radius"])
 
     @abstractmethod
@@ -172,6 +187,10 @@ class SphereOptimizer(torch.optim.Optimizer):
             self.keep_state(family, name, stacked)
         return direction
 
+    def momentum_of(self, group: dict[str, Any]) -> tuple[str, float] | None:
+        """Return the state entry and the decay of the momentum that steps fade with; None if they do not fade."""
+        return None if group["zero_gradients"] == "walk" else self.rule(group).fading()
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Take one step; parameters without a gradient stay."""
@@ -187,18 +206,49 @@ class SphereOptimizer(torch.optim.Optimizer):
                 weights = torch.stack([parameter.detach() for parameter in family]).to(dtype)
                 gradients = torch.stack([parameter.grad for parameter in family]).to(dtype)
                 radii = torch.tensor([group["radii"][index] for index in indices], dtype=torch.float64)
+                nonzero = fading.received(gradients)
                 directions = self.directions(family, gradients, group)
+                shares = self._count_idle(family, nonzero, group)
                 rescale_(directions)
-                products = inner_products(weights, directions)
-                decay = group["weight_decay"]
-                step_(weights, directions, products, radii=radii.to(weights.device), lr=group["lr"], weight_decay=decay)
+                step_(
+                    weights,
+                    directions,
+                    inner_products(weights, directions),
+                    radii=radii.to(weights.device),
+                    lr=group["lr"],
+                    weight_decay=group["weight_decay"],
+                    shares=shares,
+                )
                 for parameter, weight in zip(family, weights, strict=True):
                     parameter.copy_(weight)
         return loss
 
+    def _count_idle(
+        self, family: Sequence[torch.Tensor], received: torch.Tensor, group: dict[str, Any]
+    ) -> torch.Tensor | None:
+        """Count steps without a gradient, and clear momenta at rest; return the shares of steps, None to walk."""
+        idle = self.stacked_state(family, fading.IDLE_STEPS, StateEntry("rows"))
+        steps = fading.count_idle_(idle, received)
+        self.keep_state(family, fading.IDLE_STEPS, idle)
+        momentum = self.momentum_of(group)
+        if momentum is None:
+            return None
+        name, decay = momentum
+        shares = fading.shares(steps, decay)
+        for parameter, share in zip(family, shares, strict=True):
+            self.state[parameter][name].mul_(share > 0)
+        return shares
+
+    def idle_matrices(self) -> int:
+        """Return how many matrices had a gradient of exactly zero in their last step; waits for the device."""
+        return sum(int(bool(state[fading.IDLE_STEPS].any())) for state in self.state.values())
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict; state keeps its precision (torch casts it to that of the parameters)."""
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            # Of an earlier version that had no choice.
+            group.setdefault("zero_gradients", self.defaults["zero_gradients"])
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for index, values in state_dict["state"].items():
             parameter = parameters[index]

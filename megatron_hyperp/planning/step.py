@@ -17,7 +17,7 @@ from megatron_hyperp.planning.traffic import GRADIENT_BYTES, family_costs
 
 FLOAT64 = 8
 # ||W||^2, <W, U> and ||U||^2 of a matrix.
-PRODUCTS = 3
+PRODUCTS = 4
 
 
 @dataclass(frozen=True, slots=True)

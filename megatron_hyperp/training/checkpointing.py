@@ -155,6 +155,8 @@ def load_checkpoint(
     """
     from torch.distributed.checkpoint.api import CheckpointException
 
+    from megatron_hyperp.optim.distributed import COUNTS_IDLE_STEPS, without_idle_steps
+
     common = common_state(folder)
     # Torch logs the traceback of what it then raises, which is told below in one line.
     logging.disable(logging.WARNING)
@@ -167,6 +169,8 @@ def load_checkpoint(
             state = _sharded_models(chunks, with_fp8_state=False)
         else:
             state = sharded_state(chunks, optimizer, with_random_state=same_layout, with_fp8_state=history)
+            if not common.get("optimizer", {}).get(COUNTS_IDLE_STEPS):
+                without_idle_steps(state["optimizer"])
         # TransformerEngine's history is pickled by itself; all else are tensors and plain values.
         with nullcontext() if history else _no_code():
             loaded = checkpoints.load(state, folder, common)

@@ -63,6 +63,7 @@ class Meter:
             "grad_norm": self._grad_norm,
             "tokens_per_s": self._tokens / max(self._seconds, 1e-9),
             "radius_drift": trainer.optimizer.radius_drift(),
+            "idle_matrices": trainer.optimizer.idle_matrices(),
             "skipped": trainer.optimizer.steps_skipped,
         }
         if trainer.balance is not None:

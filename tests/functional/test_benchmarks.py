@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from benchmarks.kernels import run
+from benchmarks.momentum_dtype import run as momentum_dtype
 from tests.functional.launch import ROOT, run_benchmark
 
 SCALING, STEP = "benchmarks/optimizer_scaling/run.py", "benchmarks/optimizer_step/run.py"
@@ -65,3 +66,12 @@ def test_a_whole_step_runs() -> None:
 def test_the_benchmark_of_kernels_runs(capfd: pytest.CaptureFixture[str]) -> None:
     run_benchmark(run.main, "--parts", "step", "--repeats", 1)
     assert capfd.readouterr().out.count("MiB") == 4
+
+
+@pytest.mark.matrix
+def test_momenta_in_two_bytes_are_compared(capfd: pytest.CaptureFixture[str]) -> None:
+    run_benchmark(momentum_dtype.main, "--models", "dense", "--iterations", 2, "--every", 1)
+    lines = [line.split("  ") for line in capfd.readouterr().out.splitlines()]
+    ratios = [float(line[-1]) for line in lines if line[0] in momentum_dtype.KINDS.values() and len(line) > 8]
+    assert len(ratios) == 4
+    assert all(6 < ratio < 10 for ratio in ratios)

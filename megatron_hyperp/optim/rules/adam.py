@@ -48,22 +48,28 @@ class AdamWRule(UpdateRule):
     Attributes:
         betas: decays of the moments.
         eps: added to the root of the second moment.
+        fade: on the sphere, let steps fade as the first moment does while the gradient is exactly zero.
     """
 
     name: ClassVar[str] = "adamw"
 
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
+    fade: bool = True
 
     @classmethod
     def of(cls, options: HyperPConfig, family: str) -> Self:
         """Return the rule for a run's options."""
         del family
-        return cls(betas=options.adam_betas, eps=options.adam_eps)
+        return cls(betas=options.adam_betas, eps=options.adam_eps, fade=options.zero_gradients == "fade")
 
     def state_entries(self) -> Mapping[str, StateEntry]:
         """Return both moments."""
         return {"exp_avg": StateEntry(), "exp_avg_sq": StateEntry()}
+
+    def fading(self) -> tuple[str, float] | None:
+        """Return the first moment and its decay."""
+        return ("exp_avg", self.betas[0]) if self.fade else None
 
     def direction_(self, gradients: torch.Tensor, state: Mapping[str, torch.Tensor], part: Part) -> torch.Tensor:
         """Update the moments and return Adam's direction."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import torch
 import torch.distributed as dist
 
+from megatron_hyperp.optim.fading import IDLE_STEPS
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from megatron_hyperp.optim.tensor_parallel import AUTO, orthogonalize_family
 from megatron_hyperp.parameters import DISTINCT, REPLICATED
@@ -143,6 +144,20 @@ class UpdateRule(ABC):
     def state_entries(self) -> Mapping[str, StateEntry]:
         """Return the rule's state by name; zeros at the start."""
 
+    def fading(self) -> tuple[str, float] | None:
+        """Return with which momentum the steps of a matrix on its sphere fade while its gradient is exactly zero.
+
+        Returns:
+            Name of the state entry and its decay in a step, see :mod:`megatron_hyperp.optim.fading`; None: steps do not
+            fade.
+        """
+        return None
+
+    def entries(self) -> dict[str, StateEntry]:
+        """Return all state that is kept: :meth:`state_entries`, and the steps without a gradient where steps fade."""
+        idle = {IDLE_STEPS: StateEntry("rows")} if self.on_sphere and self.fading() is not None else {}
+        return {**self.state_entries(), **idle}
+
     @abstractmethod
     def direction_(self, gradients: torch.Tensor, state: Mapping[str, torch.Tensor], part: Part) -> torch.Tensor:
         """Update the state in place and return the direction U; weights move along -U. Collectives go through ``part``.
@@ -165,7 +180,7 @@ class UpdateRule(ABC):
 
     def state_bytes(self, rows: int, columns: int) -> int:
         """Return the bytes of state for a matrix [rows, columns], or for a part of one."""
-        return sum(entry.bytes(rows, columns) for entry in self.state_entries().values())
+        return sum(entry.bytes(rows, columns) for entry in self.entries().values())
 
 
 __all__ = ["DISTINCT", "REPLICATED", "Part", "StateEntry", "UpdateRule"]

@@ -47,6 +47,7 @@ class MuonRule(UpdateRule):
         nesterov: orthogonalize mu M + G rather than M.
         orthogonalizer: Newton-Schulz.
         momentum_dtype: in which M is kept.
+        fade: on the sphere, let steps fade as M does while the gradient is exactly zero.
     """
 
     name: ClassVar[str] = "muon"
@@ -56,6 +57,7 @@ class MuonRule(UpdateRule):
     nesterov: bool = True
     orthogonalizer: NewtonSchulz = field(default_factory=NewtonSchulz)
     momentum_dtype: torch.dtype = torch.float32
+    fade: bool = True
 
     @classmethod
     def of(cls, options: HyperPConfig, family: str) -> Self:
@@ -65,6 +67,7 @@ class MuonRule(UpdateRule):
             nesterov=options.nesterov,
             orthogonalizer=options.newton_schulz(family),
             momentum_dtype=options.momentum_dtype,
+            fade=options.zero_gradients == "fade",
         )
 
     @property
@@ -75,6 +78,10 @@ class MuonRule(UpdateRule):
     def state_entries(self) -> Mapping[str, StateEntry]:
         """Return the momentum."""
         return {"momentum_buffer": StateEntry(dtype=self.momentum_dtype)}
+
+    def fading(self) -> tuple[str, float] | None:
+        """Return the momentum and mu."""
+        return ("momentum_buffer", self.momentum) if self.fade else None
 
     def direction_(self, gradients: torch.Tensor, state: Mapping[str, torch.Tensor], part: Part) -> torch.Tensor:
         """Update the momentum and return it orthogonalized."""
