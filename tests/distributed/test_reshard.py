@@ -10,6 +10,7 @@ import pytest
 
 from tests import tolerances
 from tests.cases import Cases, kept
+from tests.run_distributed import ROOT
 from tests.toy import rows_of_run
 
 SAVED = {"tensor_model_parallel_size": 2}
@@ -29,17 +30,22 @@ KINDS: dict[str, dict[str, Any]] = {
     "component, bf16 momentum": {"matrix_split": "component", "momentum_dtype": "bf16"},
     "head, tied": {"matrix_split": "head", "untie_embeddings_and_output_weights": False},
     "adamw": {"optimizer": "adamw", "lr": 0.005, "base_hidden_size": 32},
+    "normuonh": {"optimizer": "normuonh"},
+    "custom rule": {"optimizer_rule": str(ROOT / "examples" / "custom_rule.py") + ":RowBalanced"},
 }
 CASES = [
     *(("fused", layout) for layout in LAYOUTS),
     *(("component, bf16 momentum", layout) for layout in ("same", "pp2", "tp4")),
     *(("head, tied", layout) for layout in ("same", "vpp2-dp2")),
     *(("adamw", layout) for layout in ("same", "dp2")),
+    *(("normuonh", layout) for layout in ("same", "dp4", "pp2")),
+    *(("custom rule", layout) for layout in ("same", "dp4")),
 ]
 
 
 # What `make test` trains, for each way in which state is laid out.
 KEPT = {("fused", "one"), ("fused", "same"), ("fused", "pp2"), ("component, bf16 momentum", "pp2"), ("adamw", "dp2")}
+KEPT |= {("normuonh", "dp4"), ("custom rule", "dp4"), ("custom rule", "same")}
 
 
 @pytest.fixture(scope="module")

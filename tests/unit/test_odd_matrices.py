@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_hyperp.coefficients import SETS, coefficient_schedule
+from megatron_hyperp.coefficients import coefficient_schedule
 from megatron_hyperp.optim import AdamH, MuonH
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from tests import tolerances
@@ -38,7 +38,7 @@ def relative(value: torch.Tensor, reference: torch.Tensor) -> float:
     return float((value.detach().double() - reference).norm() / reference.norm())
 
 
-@pytest.mark.parametrize("coefficients", SETS)
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
 @pytest.mark.parametrize(("form", "dtype"), FORMS)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (40, 1)])
 def test_one_row_or_column_is_scaled(shape: tuple[int, int], form: str, dtype: torch.dtype, coefficients: str) -> None:
@@ -49,7 +49,7 @@ def test_one_row_or_column_is_scaled(shape: tuple[int, int], form: str, dtype: t
         assert float(value.norm()) == pytest.approx(1.0, abs=0.2)
 
 
-@pytest.mark.parametrize("coefficients", SETS)
+@pytest.mark.parametrize("coefficients", ["quintic", "polar_express"])
 @pytest.mark.parametrize(("form", "dtype"), FORMS)
 @pytest.mark.parametrize("rank", [1, 5])
 @pytest.mark.parametrize("shape", [(16, 16), (16, 40), (40, 16)])
