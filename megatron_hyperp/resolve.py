@@ -41,6 +41,7 @@ def resolve(config: Config, world_size: int, tokenizer_vocab_size: int | None) -
         _resolve_scaling(config)
         _resolve_schedule(config)
         _resolve_newton_schulz(config)
+        _check_rules(config)
         _check_radius(config)
         learning_rates.check(config)
         precision.check(config)
@@ -491,6 +492,20 @@ def _resolve_newton_schulz(config: Config) -> None:
             raise UsageError(f"{flag} gram loses accuracy with --ns-dtype bf16; give fp16 or fp32, or leave it out")
     if options.ns_form == "standard" and options.ns_strategy == "gram":
         raise UsageError("--ns-strategy gram iterates in Gram form, which --ns-form standard rules out; leave one out")
+
+
+def _check_rules(config: Config) -> None:
+    """See that the rules that are asked for are there, and that each has parameters."""
+    options = config.optimizer
+    if options.router_rule is not None and not config.moe.num_experts:
+        raise UsageError(f"--router-rule {options.router_rule} needs experts; give --num-experts, or leave it out")
+    given = [rule for rule in (options.optimizer_rule, options.router_rule) if rule is not None]
+    if given:
+        # It imports torch, which a command line does without until it trains.
+        from megatron_hyperp.optim.rules import rule_class
+
+        for rule in given:
+            rule_class(rule)
 
 
 def _check_radius(config: Config) -> None:

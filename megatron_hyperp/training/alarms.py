@@ -12,7 +12,17 @@ from typing import Any
 from megatron_hyperp.errors import UsageError
 
 ACTIONS = ("warn", "save", "stop")
-TRAINING_METRICS = ("loss", "eval_loss", "lr", "grad_norm", "tokens_per_s", "radius_drift", "skipped", "mfu")
+TRAINING_METRICS = (
+    "loss",
+    "eval_loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_s",
+    "radius_drift",
+    "idle_matrices",
+    "skipped",
+    "mfu",
+)
 STABILITY_METRICS = (
     "attention_z",
     "router_z",

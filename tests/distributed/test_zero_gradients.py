@@ -11,7 +11,7 @@ import torch
 
 from tests import tolerances
 from tests.run_distributed import run_distributed
-from tests.toy import EXPERTS, toy_config
+from tests.toy import EXPERTS, rows_of_run, toy_config
 
 STEPS, LAST_TOKEN, LR = 2000, 100, 0.01
 DEAD = "experts.local_experts.1."
@@ -85,3 +85,12 @@ def test_it_rests_with_the_same_bits_under_expert_parallelism(one: dict[str, Any
         assert result["idle"] == 2
         for name, weight in result["weights"].items():
             assert torch.equal(weight, one["weights"][name]), name
+
+
+def test_a_checkpoint_without_counts_resumes(corpus: str, tmp_path: Path) -> None:
+    """As those of earlier versions are, and those of runs with ``--zero-gradients walk``."""
+    fields = {"train_iters": 4, "num_layers": 2, "micro_batch_size": 4, "global_batch_size": 8}
+    store = {"save": str(tmp_path / "store"), "save_interval": 2}
+    whole = rows_of_run(1, corpus, tmp_path / "whole", zero_gradients="walk", **store, **fields)
+    rows = rows_of_run(1, corpus, tmp_path / "resumed", load=str(tmp_path / "store" / "iter_0000002"), **fields)
+    assert [row["loss"] for row in rows if "loss" in row] == [row["loss"] for row in whole if "loss" in row][2:]

@@ -257,6 +257,10 @@ REFUSALS = [
         "leave one",
     ),
     Refusal(f"{SMALL} --no-qk-layernorm --qk-norm-lr-mult 0", "--qk-norm-lr-mult is of gains that", "leave one"),
+    # Update rules
+    Refusal(
+        f"{SMALL} --router-rule adamw", "--router-rule adamw needs experts", "give --num-experts, or leave it out$"
+    ),
     # Learning rates of roles
     Refusal(
         f"{SMALL} --router-lr-mult 0.5", "--router-lr-mult 0.5 needs experts", "give --num-experts, or leave it out$"

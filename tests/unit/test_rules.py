@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_hyperp import arguments
 from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim import HyperPConfig, Part, StateEntry, UpdateRule, register
 from megatron_hyperp.optim.options import RECIPES
@@ -18,7 +19,11 @@ from megatron_hyperp.optim.routing import route
 from megatron_hyperp.optim.rules import REGISTERED, rule_class
 from megatron_hyperp.optim.rules.normuon import NorMuonHRule, NorMuonRule
 from megatron_hyperp.optim.sphere import inner_products, muonh_radius, step_
+from megatron_hyperp.optimizer_options import routes_of
+from megatron_hyperp.planning.checkpoints import checkpoint_bytes
+from megatron_hyperp.planning.inventory import stage_parameters
 from tests import tolerances
+from tests.toy import MOE, SMALL
 from tests.unit.test_optimizers import gradients_of, initial, reference_newton_schulz, relative_difference
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -111,6 +116,10 @@ BAD = {
 def test_what_is_no_rule_is_one_line(given: str) -> None:
     with pytest.raises(UsageError, match=BAD[given]):
         rule_class(given)
+    for words in (f"{SMALL} --optimizer-rule {given}", f"{SMALL} {MOE} --router-rule {given}"):
+        with pytest.raises(UsageError, match=BAD[given]) as caught:
+            arguments.parse(words.split(), description="").resolve()
+        assert caught.value.same_on_all_ranks
 
 
 def test_a_file_that_raises_is_named(tmp_path: Path) -> None:
@@ -151,3 +160,12 @@ def test_optim_knows_no_trainer_and_no_model() -> None:
             modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             parts = {module.split(".")[1] for module in modules if module.startswith("megatron_hyperp.")}
             assert not parts & below, (path.name, parts)
+
+
+def test_a_users_rule_is_planned_with_its_state() -> None:
+    words = f"{SMALL} --optimizer-rule".split()
+    sizes = [checkpoint_bytes(arguments.parse([*words, rule], description="").resolve()) for rule in (CUSTOM, "muon")]
+    config = arguments.parse([*words, CUSTOM], description="").resolve()
+    shapes = [entry.block.shape for entry in routes_of(config, stage_parameters(config, 0)) if entry.role == "hidden"]
+    # The same momentum, and four bytes for each row.
+    assert sizes[0] - sizes[1] == 4 * sum(rows for rows, _ in shapes)
