@@ -9,7 +9,7 @@
 # by default, it is the values of the call. No GPU is needed here: three names of torch.cuda are replaced by what they return
 # where there is one, since the writer binds itself to a device first (without any it ends in a ZeroDivisionError, for which the
 # save waits forever; hence the timeout below).
-# Output seen on 2026-11-30 is at the end of this file. Needs Python 3.12; about 1 GB, two minutes.
+# Output seen on 2026-11-30 is at the end of this file. Needs Python 3.12; about 5 GB of disk, five minutes.
 set -euo pipefail
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT

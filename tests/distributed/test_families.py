@@ -77,6 +77,9 @@ def operations_of(layers: int, folder: str, recipe: dict[str, Any]) -> dict[str,
     core = TransformerConfig(num_layers=1, hidden_size=16, num_attention_heads=1, calculate_per_token_loss=True)
     [chunk] = wrap_for_data_parallelism(core, [StandIn(layers)])
     optimizer = optimizer_of(config.resolve(world_size=dist.get_world_size()), [chunk])
+    # The first step makes tables.
+    optimizer.step()
+    optimizer.zero_grad()
     for parameter in chunk.module.parameters():
         parameter.main_grad.fill_(1.0)  # type: ignore[attr-defined]
     result = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
@@ -147,7 +148,7 @@ def steps_of_any_size(trainer: Any, batches: Any) -> list[tuple[bool, float, flo
     optimizer, found = trainer.optimizer, []
     for power in (0, -110, -70, 60, 100, 100):
         trainer._forward_backward(batches, forward_only=False)
-        optimizer.config.clip_grad = 0.0 if len(found) == 5 else 1.0
+        optimizer.config = dataclasses.replace(optimizer.config, clip_grad=0.0 if len(found) == 5 else 1.0)
         for family in optimizer.families:
             for state in family.state.values():
                 state.zero_()
