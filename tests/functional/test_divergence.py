@@ -64,19 +64,21 @@ def train(prefix: str, folder: Path, *, plant: Plant | None = None, at: range = 
 
 
 def bad_gradient(trainer: Trainer) -> None:
-    next(f for f in trainer.optimizer.families if f.rule == "muonh").runs[0].gradients.view(-1)[0] = math.nan
+    next(f for f in trainer.optimizer.families if f.rule.name == "muonh").runs[0].gradients.view(-1)[0] = math.nan
 
 
 def bad_momentum(trainer: Trainer) -> None:
-    next(f for f in trainer.optimizer.families if f.rule == "muonh").state["momentum_buffer"].view(-1)[0] = math.inf
+    next(f for f in trainer.optimizer.families if f.rule.name == "muonh").state["momentum_buffer"].view(-1)[0] = (
+        math.inf
+    )
 
 
 def bad_master(trainer: Trainer) -> None:
-    next(f for f in trainer.optimizer.families if f.rule == "adamh").master.view(-1)[0] = math.nan
+    next(f for f in trainer.optimizer.families if f.rule.name == "adamh").master.view(-1)[0] = math.nan
 
 
 def bad_weight(trainer: Trainer) -> None:
-    weight = next(f for f in trainer.optimizer.families if f.rule == "muonh").routes[0].parameter
+    weight = next(f for f in trainer.optimizer.families if f.rule.name == "muonh").routes[0].parameter
     weight.data.view(-1)[0] = math.nan
     bad_gradient(trainer)
 
@@ -149,7 +151,7 @@ def test_what_is_loaded_is_finite(prefix: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(saving, "_check_finite", lambda state, iteration: None)
 
     def bad_gain(trainer: Trainer) -> None:
-        next(f for f in trainer.optimizer.families if f.rule == "adamw").master.view(-1)[0] = math.inf
+        next(f for f in trainer.optimizer.families if f.rule.name == "adamw").master.view(-1)[0] = math.inf
 
     train(prefix, tmp_path, plant=bad_gain, at=range(2, 3), train_iters=2)
     with pytest.raises(
