@@ -24,6 +24,11 @@ SKIPS = divergence.SKIPS_IN_A_ROW
 Plant = Callable[[Trainer], None]
 
 
+def family_of(trainer: Trainer, rule: str) -> Any:
+    """The first family of a rule."""
+    return next(family for family in trainer.optimizer.families if family.rule.name == rule)
+
+
 @pytest.fixture(scope="module")
 def prefix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     device.adapt_megatron()
@@ -64,21 +69,19 @@ def train(prefix: str, folder: Path, *, plant: Plant | None = None, at: range = 
 
 
 def bad_gradient(trainer: Trainer) -> None:
-    next(f for f in trainer.optimizer.families if f.rule.name == "muonh").runs[0].gradients.view(-1)[0] = math.nan
+    family_of(trainer, "muonh").runs[0].gradients.view(-1)[0] = math.nan
 
 
 def bad_momentum(trainer: Trainer) -> None:
-    next(f for f in trainer.optimizer.families if f.rule.name == "muonh").state["momentum_buffer"].view(-1)[0] = (
-        math.inf
-    )
+    family_of(trainer, "muonh").state["momentum_buffer"].view(-1)[0] = math.inf
 
 
 def bad_master(trainer: Trainer) -> None:
-    next(f for f in trainer.optimizer.families if f.rule.name == "adamh").master.view(-1)[0] = math.nan
+    family_of(trainer, "adamh").master.view(-1)[0] = math.nan
 
 
 def bad_weight(trainer: Trainer) -> None:
-    weight = next(f for f in trainer.optimizer.families if f.rule.name == "muonh").routes[0].parameter
+    weight = family_of(trainer, "muonh").routes[0].parameter
     weight.data.view(-1)[0] = math.nan
     bad_gradient(trainer)
 
@@ -151,7 +154,7 @@ def test_what_is_loaded_is_finite(prefix: str, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(saving, "_check_finite", lambda state, iteration: None)
 
     def bad_gain(trainer: Trainer) -> None:
-        next(f for f in trainer.optimizer.families if f.rule.name == "adamw").master.view(-1)[0] = math.inf
+        family_of(trainer, "adamw").master.view(-1)[0] = math.inf
 
     train(prefix, tmp_path, plant=bad_gain, at=range(2, 3), train_iters=2)
     with pytest.raises(
