@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import subprocess
 import sys
@@ -123,15 +125,22 @@ def train(config: Path, *flags: Any, ranks: int = 1, timeout: float = 240) -> st
     return result.stdout
 
 
-def run_benchmark(main: Callable[[list[str]], Any], *words: Any) -> None:
-    """Run a benchmark's ``main`` in a process that is forked warm, as from a command line: no launcher started it."""
-    run_distributed(_without_launcher, 1, main, list(map(str, words)))
+def run_benchmark(main: Callable[[list[str]], Any], *words: Any) -> str:
+    """Run a benchmark's ``main`` in a process that is forked warm, as from a command line: no launcher started it.
+
+    Returns:
+        What it printed. A forked process has the standard output of the server that it was forked from, not the test's.
+    """
+    (shown,) = run_distributed(_without_launcher, 1, main, list(map(str, words)))
+    return str(shown)
 
 
-def _without_launcher(main: Callable[[list[str]], Any], words: list[str]) -> None:
+def _without_launcher(main: Callable[[list[str]], Any], words: list[str]) -> str:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
-    main(words)
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        main(words)
+    return shown.getvalue()
 
 
 def assert_same_run(found: Path, expected: Path, rows: int | None = None) -> None:
