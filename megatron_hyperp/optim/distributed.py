@@ -3,7 +3,7 @@
 Each data-parallel rank keeps the fp32 weights and the state of what it owns (``ownership.py``), gets reduced gradients
 for that alone, takes the step on it, and all ranks gather the new weights (``data_parallel.py``). What a rank owns of
 one rule and shape forms a family: one fp32 master copy, one momentum and one batch of work, [count, rows, columns].
-Norms are of global matrices: one all-reduce of three numbers per matrix serves the whole model.
+Norms are of global matrices: one all-reduce of four numbers per matrix serves the whole model.
 """
 
 from __future__ import annotations
@@ -134,8 +134,7 @@ class HyperPOptimizer(MegatronOptimizer):
         families = self._on_sphere() if on_sphere else list(filter(_is_matrix_off_sphere, self.families))
         result = list(values)
         for domain, places in zip(self.domains, self._places[on_sphere], strict=True):
-            # On the sphere, no expert is cut over data-parallel ranks; off it, all are.
-            groups = [domain.both] if on_sphere else [domain.tensor, domain.data]
+            groups = domain.groups_of_sums(on_sphere=on_sphere)
             if not places or all(group.size() == 1 for group in groups):
                 continue
             summed = torch.zeros((places, width), dtype=torch.float64, device=device.device())

@@ -38,6 +38,14 @@ class Domain:
         """What this rank owns."""
         return [piece for piece in self.plan.pieces if piece.rank == self.data.rank()]
 
+    def groups_of_sums(self, *, on_sphere: bool) -> list[dist.ProcessGroup]:
+        """Return the groups over which numbers of partial matrices are summed, one after the other.
+
+        Off the sphere experts are cut over data-parallel ranks; on it only those whose rule is elementwise.
+        """
+        cut = not on_sphere or any(entry.rule.on_sphere and not entry.rule.needs_matrix for entry in self.routes)
+        return [self.tensor, self.data] if cut and self.both is self.tensor else [self.both]
+
     def places(self, *, on_sphere: bool) -> dict[int, int]:
         """Number the matrices, by route, on the sphere or off it, of which a rank holds only a part."""
         partial = partial_matrices(self.routes, self.plan, self.tensor.size(), on_sphere=on_sphere)

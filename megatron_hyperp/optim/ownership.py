@@ -88,7 +88,7 @@ def partial_matrices(routes: Sequence[Route], plan: Plan, tensor_parallel_size: 
     return [
         index
         for index, entry in enumerate(routes)
-        if entry.is_matrix
+        if (entry.is_matrix or on_sphere)
         and entry.rule.on_sphere == on_sphere
         and (pieces[index] > 1 or (entry.partition_dim in (0, 1) and tensor_parallel_size > 1))
     ]

@@ -102,8 +102,10 @@ def _norms(held: Sequence[Holding], world_size: int) -> Cost:
     sums = [(1, world_size), (1, world_size)]
     for number, item in enumerate(held):
         partial = partial_matrices(item.routes, item.plan, item.tensor, on_sphere=True)
-        # Experts are never cut over data-parallel ranks.
+        # Experts are cut over data-parallel ranks by elementwise rules alone, in an all-reduce of its own.
         sums.append((PRODUCTS * len(partial), item.tensor * (1 if number else item.data)))
+        if number and any(entry.rule.on_sphere and not entry.rule.needs_matrix for entry in item.routes):
+            sums.append((PRODUCTS * len(partial), item.data))
     sent = [2 * FLOAT64 * count * (ranks - 1) / ranks for count, ranks in sums if count and ranks > 1]
     return Cost(0.0, sum(sent), 0.0, len(sent))
 

@@ -15,10 +15,12 @@ from megatron_hyperp.errors import UsageError
 from megatron_hyperp.optim import HyperPConfig, Part, StateEntry, UpdateRule, register
 from megatron_hyperp.optim.options import RECIPES
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
+from megatron_hyperp.optim.ownership import partial_matrices, plan_ownership
 from megatron_hyperp.optim.routing import route
 from megatron_hyperp.optim.rules import REGISTERED, rule_class
 from megatron_hyperp.optim.rules.normuon import NorMuonHRule, NorMuonRule
 from megatron_hyperp.optim.sphere import inner_products, muonh_radius, step_
+from megatron_hyperp.optim.tensor_parallel import MACHINES
 from megatron_hyperp.optimizer_options import routes_of
 from megatron_hyperp.planning.checkpoints import checkpoint_bytes
 from megatron_hyperp.planning.inventory import stage_parameters
@@ -150,6 +152,15 @@ def test_overrides_choose_rules_by_name() -> None:
         ValueError, match=r"the rule muonh takes matrices, but .*conv1d.weight has the shape \(4, 1, 3\)"
     ):
         route(pairs, HyperPConfig(lr=1.0, overrides={"*conv1d*": "muonh"}), tensor_parallel_size=1)
+
+
+def test_every_matrix_on_a_sphere_that_is_cut_is_summed() -> None:
+    """Whatever its role: an embedding that an override puts on a sphere, cut by rows over two data-parallel ranks."""
+    pairs = [("embedding.word_embeddings.weight", torch.nn.Parameter(torch.ones(8, 4)))]
+    routes = route(pairs, HyperPConfig(lr=1.0, overrides={"*embeddings*": "adamh"}), tensor_parallel_size=1)
+    plan = plan_ownership(routes, 2, MACHINES["cpu"])
+    assert partial_matrices(routes, plan, 1, on_sphere=True) == [0]
+    assert partial_matrices(routes, plan, 1, on_sphere=False) == []
 
 
 def test_optim_knows_no_trainer_and_no_model() -> None:
