@@ -8,9 +8,9 @@ import torch
 
 from megatron_hyperp.config import Config, OptimizerConfig
 from megatron_hyperp.learning_rates import lr_multipliers
-from megatron_hyperp.optim.options import HyperPConfig, rule_names
+from megatron_hyperp.optim.options import HyperPConfig, rules_of
 from megatron_hyperp.optim.routing import Heads, Route, route
-from megatron_hyperp.optim.rules import UpdateRule, rule_class
+from megatron_hyperp.optim.rules import UpdateRule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -21,8 +21,7 @@ def rule_classes(options: OptimizerConfig) -> dict[str, type[UpdateRule]]:
     Raises:
         UsageError: ``--optimizer-rule`` or ``--router-rule`` names no rule.
     """
-    names = rule_names(options.optimizer, rule=options.optimizer_rule, router_rule=options.router_rule)
-    return {role: rule_class(name) for role, name in names.items()}
+    return rules_of(options.optimizer, rule=options.optimizer_rule, router_rule=options.router_rule)
 
 
 def optimizer_options(config: Config, radii: Mapping[str, float] | None = None) -> HyperPConfig:

@@ -10,10 +10,13 @@ import torch
 
 from megatron_hyperp import device
 from megatron_hyperp.coefficients import Steps
+from megatron_hyperp.optim.fading import check_zero_gradients
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from megatron_hyperp.optim.rules import UpdateRule, rule_class
 from megatron_hyperp.optim.tensor_parallel import AUTO
 
+# Of which learning rates have factors.
+ROLES = ("hidden", "router", "output", "embedding", "vector", "qk_norm")
 # The rule of each role, by recipe (arXiv 2603.28743, section on the optimizer's assignment).
 RECIPES: dict[str, dict[str, str]] = {
     "hyperp": {"hidden": "muonh", "output": "adamh"},
@@ -25,8 +28,11 @@ RECIPES: dict[str, dict[str, str]] = {
 }
 
 
-def rule_names(recipe: str, *, rule: str | None = None, router_rule: str | None = None) -> dict[str, str]:
-    """Return the rule of each role as a registered name or ``FILE.py:CLASS``.
+Rule = str | type[UpdateRule]
+
+
+def rules_of(recipe: str, *, rule: Rule | None = None, router_rule: Rule | None = None) -> dict[str, type[UpdateRule]]:
+    """Return the rule's class of each role.
 
     Args:
         recipe: a key of :data:`RECIPES`.
@@ -34,13 +40,12 @@ def rule_names(recipe: str, *, rule: str | None = None, router_rule: str | None 
         router_rule: of routers, in place of that of hidden matrices.
 
     Raises:
-        ValueError: an unknown recipe.
+        UsageError: an unknown rule.
     """
-    if recipe not in RECIPES:
-        raise ValueError(f"optimizer is {recipe!r}; known are {', '.join(RECIPES)}")
-    names = {**RECIPES[recipe], "embedding": "adamw", "vector": "adamw"}
-    names["hidden"] = rule or names["hidden"]
-    return {**names, "router": router_rule or names["hidden"]}
+    rules: dict[str, Rule] = {**RECIPES[recipe], "embedding": "adamw", "vector": "adamw"}
+    rules["hidden"] = rule or rules["hidden"]
+    rules["router"] = router_rule or rules["hidden"]
+    return {role: rule_class(each) for role, each in rules.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +81,10 @@ class HyperPConfig:
         radius_scale: factor on the radii of hidden matrices, sqrt(d_out/3) (arXiv 2603.28743).
         output_init_std: standard deviation of the output layer's initial weights, which fixes its radius.
         radii: of spheres that do not follow from shapes, by the parameter's name.
+
+    Raises:
+        ValueError: an unknown recipe, an unknown choice of ``zero_gradients`` or ``matrix_split``, a momentum dtype
+            other than fp32 and bf16, or a role that ``lr_mults`` does not have.
     """
 
     lr: float
@@ -104,6 +113,17 @@ class HyperPConfig:
     output_init_std: float = 0.02
     radii: Mapping[str, float] | None = None
 
+    def __post_init__(self) -> None:
+        check_zero_gradients(self.zero_gradients)
+        for name, value, allowed in (
+            ("optimizer", self.optimizer, tuple(RECIPES)),
+            ("matrix_split", self.matrix_split, ("fused", "component", "head")),
+            ("momentum_dtype", self.momentum_dtype, (torch.float32, torch.bfloat16)),
+            *(("a role of lr_mults", role, ROLES) for role in self.lr_mults),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} is {value!r}; known are {', '.join(map(str, allowed))}")
+
     def newton_schulz(self, family: str) -> NewtonSchulz:
         """Return Newton-Schulz for a family of matrices.
 
@@ -128,12 +148,6 @@ class HyperPConfig:
         """Return the rule's class of each role.
 
         Raises:
-            ValueError: an unknown recipe.
             UsageError: an unknown rule.
         """
-        names: dict[str, str | type[UpdateRule]] = dict(rule_names(self.optimizer))
-        if self.rule is not None:
-            names["hidden"] = names["router"] = self.rule
-        if self.router_rule is not None:
-            names["router"] = self.router_rule
-        return {role: rule_class(name) for role, name in names.items()}
+        return rules_of(self.optimizer, rule=self.rule, router_rule=self.router_rule)

@@ -139,7 +139,10 @@ def test_names_are_unique() -> None:
     with pytest.raises(ValueError, match='"matrix" and "rows"'):
         StateEntry("columns")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="optimizer is 'sgd'; known are hyperp"):
-        HyperPConfig(lr=1.0, optimizer="sgd").rules()
+        HyperPConfig(lr=1.0, optimizer="sgd")
+    for wrong in ({"zero_gradients": "stop"}, {"matrix_split": "rows"}, {"lr_mults": {"head": 2.0}}):
+        with pytest.raises(ValueError, match=repr(next(iter(wrong.values()))).strip("{}").split(":")[0]):
+            HyperPConfig(lr=1.0, **wrong)  # type: ignore[arg-type]
     assert set(RECIPES) == {"hyperp", "muonh", "normuonh", "muon", "normuon", "adamw"}
 
 

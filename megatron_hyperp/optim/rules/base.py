@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron_hyperp.optim.fading import IDLE_STEPS
 from megatron_hyperp.optim.orthogonalize import NewtonSchulz
 from megatron_hyperp.optim.tensor_parallel import AUTO, orthogonalize_family
-from megatron_hyperp.parameters import DISTINCT, REPLICATED
+from megatron_hyperp.parameters import DISTINCT
 
 if TYPE_CHECKING:
     from megatron_hyperp.optim.options import HyperPConfig
@@ -181,6 +181,3 @@ class UpdateRule(ABC):
     def state_bytes(self, rows: int, columns: int) -> int:
         """Return the bytes of state for a matrix [rows, columns], or for a part of one."""
         return sum(entry.bytes(rows, columns) for entry in self.entries().values())
-
-
-__all__ = ["DISTINCT", "REPLICATED", "Part", "StateEntry", "UpdateRule"]
