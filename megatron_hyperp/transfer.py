@@ -63,26 +63,7 @@ RECIPES: dict[str, Recipe] = {
         spheres=True,
     ),
     "muonh": Recipe(eta0=1.5e-2, moe_eta0=1.4e-2, weight_decay=0.0, spheres=True),
-    "normuonh": Recipe(
-        eta0=1.5e-2,
-        moe_eta0=1.4e-2,
-        weight_decay=0.0,
-        depth_law=True,
-        token_law=True,
-        batch_law=True,
-        depth_mup=True,
-        spheres=True,
-    ),
     "muon": Recipe(
-        eta0=1.5e-2,
-        moe_eta0=1.5e-2,
-        weight_decay=0.1,
-        depth_law=True,
-        batch_law=True,
-        depth_mup=True,
-        decay_law=True,
-    ),
-    "normuon": Recipe(
         eta0=1.5e-2,
         moe_eta0=1.5e-2,
         weight_decay=0.1,
@@ -93,6 +74,8 @@ RECIPES: dict[str, Recipe] = {
     ),
     "adamw": Recipe(eta0=6e-4, moe_eta0=6e-4, weight_decay=0.1, batch_law=True, width_mup=True),
 }
+# NorMuon has the laws of Muon, on the sphere and off it.
+RECIPES |= {"normuonh": RECIPES["hyperp"], "normuon": RECIPES["muon"]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
